@@ -1,0 +1,50 @@
+"""Every kernel compiles for every target, without spills and within the shared memory of a block; no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from qinfer.bench.cases import CASES
+from qinfer.env import settings
+from tests.compile.report import Report, compile_for
+from tests.compile.targets import KIB, TARGETS
+
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
+
+
+@pytest.mark.skipif(settings().interpret, reason="interpreted kernels cannot be compiled")
+@pytest.mark.parametrize("name", TARGETS)
+def test_kernels_compile(name: str) -> None:
+    report = compile_for(TARGETS[name])
+    offenders = report.offenders()
+    assert not offenders, "\n".join(offenders)
+    idle = {case.op for case in CASES} - {op for op, launches in report.launches.items() if launches}
+    assert not idle, f"no case of these ops launches a kernel: {sorted(idle)}"
+
+
+def _report(target: str, **changes: int) -> Report:
+    row = {
+        "kernel": "k",
+        "op": "o",
+        "case": "c",
+        "target": target,
+        "registers": 255,
+        "spills": 0,
+        "shared": 0,
+        "warps": 4,
+    }
+    return Report(TARGETS[target], [row | changes], {"o": 1}, [])
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "complaint"),
+    [
+        ("sm_90", {"spills": 8}, "8 bytes spilled"),
+        ("sm_86", {"shared": 99 * KIB + 1}, "shared memory"),
+        ("gfx942", {"shared": 64 * KIB + 1}, "shared memory"),
+    ],
+)
+def test_offenders_are_named(target: str, changes: dict[str, int], complaint: str) -> None:
+    assert _report(target).offenders() == []
+    (offender,) = _report(target, **changes).offenders()
+    assert complaint in offender
