@@ -1,0 +1,236 @@
+"""Root-mean-square normalization, alone and fused with the addition of a block's output to the residual.
+
+    rmsnorm      y = x * rsqrt(mean(x²) + eps) * weight
+    add_rmsnorm  residual += delta (in place); y as above of the new residual
+    both         out[..., j] = y[..., order[j]]
+
+Everything is computed in fp32 and rounded once, at the output. (transformers rounds to the input's dtype before it
+multiplies with the weight; the two differ by at most one rounding.) The sum of squares must fit fp32, which holds for
+|x| up to 1e17. One program handles one row of at most 16384 features; x may be strided in all dimensions but the last,
+such as the heads inside merged q, k, v rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
+from qinfer.kernels.device import op
+
+MAX_WIDTH = 16384
+
+
+def rmsnorm_reference(
+    x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype | None = None, order: Tensor | None = None
+) -> Tensor:
+    """Compute `rmsnorm` in plain torch."""
+    b = x.float()
+    y = b * torch.rsqrt(b.square().mean(-1, keepdim=True) + eps) * weight.float()
+    y = y if order is None else y.index_select(-1, order)
+    return y.to(x.dtype if out_dtype is None else out_dtype).contiguous()
+
+
+def add_rmsnorm_reference(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Compute `add_rmsnorm` in plain torch."""
+    residual += delta
+    return rmsnorm_reference(residual, weight, eps=eps, out_dtype=out_dtype, order=order)
+
+
+@triton.jit
+def _normalize(b_x, b_weight, eps, C: tl.constexpr):
+    """Normalize one row, padded with zeros beyond C."""
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) / C + eps) * b_weight
+
+
+@triton.jit
+def _rmsnorm_kernel(
+    p_x,
+    p_weight,
+    p_order,
+    p_out,
+    size_1,
+    size_2,
+    stride_0,
+    stride_1,
+    stride_2,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    i_0 = i_row // (size_1 * size_2)
+    i_1 = i_row // size_2 % size_1
+    i_2 = i_row % size_2
+    p_row = p_x + i_0 * stride_0 + i_1 * stride_1 + i_2 * stride_2
+    o_c = tl.arange(0, BLOCK)
+    m_c = o_c < C
+    b_x = tl.load(p_row + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_y = _normalize(b_x, b_weight, eps, C).to(p_out.dtype.element_ty)
+    if p_order is not None:
+        b_y = tl.gather(b_y, tl.load(p_order + o_c, mask=m_c, other=0), axis=0)
+    tl.store(p_out + i_row * C + o_c, b_y, mask=m_c)
+
+
+@triton.jit
+def _add_rmsnorm_kernel(
+    p_residual,
+    p_delta,
+    p_weight,
+    p_order,
+    p_out,
+    stride_residual,
+    stride_delta,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    p_residual += i_row * stride_residual
+    p_delta += i_row * stride_delta
+    o_c = tl.arange(0, BLOCK)
+    m_c = o_c < C
+    b_x = tl.load(p_residual + o_c, mask=m_c, other=0.0) + tl.load(p_delta + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    tl.store(p_residual + o_c, b_x, mask=m_c)
+    b_y = _normalize(b_x, b_weight, eps, C).to(p_out.dtype.element_ty)
+    if p_order is not None:
+        # From registers, not from memory: a row that is overwritten while it is gathered would be a race.
+        b_y = tl.gather(b_y, tl.load(p_order + o_c, mask=m_c, other=0), axis=0)
+    tl.store(p_out + i_row * C + o_c, b_y, mask=m_c)
+
+
+def _check_rmsnorm(
+    x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype | None = None, order: Tensor | None = None
+) -> None:
+    if not 2 <= x.ndim <= 4:
+        raise ValueError(f"x must be [..., C] with 1 to 3 leading dimensions, got {list(x.shape)}")
+    width = x.shape[-1]
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"x must have 1 to {MAX_WIDTH} features, got {width}")
+    check_float("x", x.dtype)
+    check_float("weight", weight.dtype)
+    check_float("out_dtype", x.dtype if out_dtype is None else out_dtype)
+    check_rows("x", x)
+    check_shape("weight", weight, (width,))
+    check_rows("weight", weight)
+    check_device(x, weight=weight, order=order)
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if order is not None:
+        check_index("order", order, width, stop=width)
+
+
+def _check_add_rmsnorm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    order: Tensor | None = None,
+) -> None:
+    if residual.dtype != torch.float32:
+        raise TypeError(f"residual must be float32, got {residual.dtype}")
+    check_shape("residual", residual, ("T", "C"))
+    _check_rmsnorm(residual, weight, eps=eps, out_dtype=out_dtype, order=order)
+    check_float("delta", delta.dtype)
+    check_shape("delta", delta, tuple(residual.shape))
+    check_rows("delta", delta)
+    check_device(residual, delta=delta)
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Choose the block and the number of warps for a row."""
+    block = triton.next_power_of_2(width)
+    # Four or more features per thread also mean that no feature has a copy in a second warp, which could read the
+    # residual after the first one has updated it.
+    return block, min(max(block // 256, 1), 16)
+
+
+@op(reference=rmsnorm_reference, check=_check_rmsnorm)
+def rmsnorm(
+    x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype | None = None, order: Tensor | None = None
+) -> Tensor:
+    """Normalize every row to a root mean square of one, then scale its features.
+
+    y = x * rsqrt(mean(x²) + eps) * weight,  out[..., j] = y[..., order[j]]
+
+    Args:
+        x: [..., C] fp16, bf16 or fp32 with 1 to 3 leading dimensions of any stride, last stride 1; C <= 16384.
+        weight: [C] fp16, bf16 or fp32.
+        eps: added to the mean square.
+        out_dtype: dtype of the result; None keeps that of x.
+        order: [C] int32 (or int64) in [0, C), the input order of the next projection; None: 0, 1, 2 …
+
+    Returns:
+        [..., C], contiguous.
+
+    Raises:
+        TypeError: a dtype is none of those above.
+        ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) an index is out of range.
+    """
+    width = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype if out_dtype is None else out_dtype, device=x.device)
+    if out.numel():
+        block, num_warps = _tile(width)
+        missing = 4 - x.ndim
+        _, size_1, size_2 = (1,) * missing + tuple(x.shape[:-1])
+        strides = (0,) * missing + x.stride()[:-1]
+        _rmsnorm_kernel[(out.numel() // width,)](
+            x, weight, order, out, size_1, size_2, *strides, eps, C=width, BLOCK=block, num_warps=num_warps
+        )
+    return out
+
+
+@op(reference=add_rmsnorm_reference, check=_check_add_rmsnorm)
+def add_rmsnorm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Add a block's output to the residual stream in place and normalize the sum.
+
+    residual += delta;  y = residual * rsqrt(mean(residual²) + eps) * weight,  out[:, j] = y[:, order[j]]
+
+    Args:
+        residual: [T, C] fp32, last stride 1, rows apart; updated in place. C <= 16384.
+        delta: [T, C] fp16, bf16 or fp32, last stride 1; not the residual itself.
+        weight: [C] fp16, bf16 or fp32.
+        eps: added to the mean square.
+        out_dtype: dtype of the result; None keeps that of the residual.
+        order: [C] int32 (or int64) in [0, C), the input order of the next projection; None: 0, 1, 2 …
+
+    Returns:
+        [T, C], contiguous.
+
+    Raises:
+        TypeError: a dtype is none of those above.
+        ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) an index is out of range.
+    """
+    num_rows, width = residual.shape
+    out = torch.empty(
+        (num_rows, width), dtype=residual.dtype if out_dtype is None else out_dtype, device=residual.device
+    )
+    if num_rows:
+        block, num_warps = _tile(width)
+        strides = residual.stride(0), delta.stride(0)
+        _add_rmsnorm_kernel[(num_rows,)](
+            residual, delta, weight, order, out, *strides, eps, C=width, BLOCK=block, num_warps=num_warps
+        )
+    return out

@@ -1,0 +1,79 @@
+"""The gated activation of an MLP, on the merged output of its gate and up projections.
+
+    y[t, f] = silu(gate_up[t, f]) * gate_up[t, F + f],    silu(g) = g / (1 + exp(-g))
+    out[t, j] = y[t, order[j]]
+
+Rows of gate_up are read densely and may be strided; the output is contiguous. Everything is computed in fp32 and
+rounded once, so a product above 65504 is infinite in fp16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
+from qinfer.kernels.device import op
+
+BLOCK = 1024
+
+
+def silu_mul_reference(gate_up: Tensor, *, order: Tensor | None = None) -> Tensor:
+    """Compute `silu_mul` in plain torch."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    y = torch.nn.functional.silu(gate) * up
+    return (y if order is None else y.index_select(1, order)).to(gate_up.dtype)
+
+
+@triton.jit
+def _silu_mul_kernel(p_x, p_order, p_out, stride_x, F: tl.constexpr, BLOCK: tl.constexpr):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_j = o_j < F
+    o_f = o_j
+    if p_order is not None:
+        o_f = tl.load(p_order + o_j, mask=m_j, other=0)
+    p_gate = p_x + i_t * stride_x + o_f
+    b_gate = tl.load(p_gate, mask=m_j, other=0.0).to(tl.float32)
+    b_up = tl.load(p_gate + F, mask=m_j, other=0.0).to(tl.float32)
+    b_y = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
+    tl.store(p_out + i_t * F + o_j, b_y.to(p_out.dtype.element_ty), mask=m_j)
+
+
+def _check_silu_mul(gate_up: Tensor, *, order: Tensor | None = None) -> None:
+    check_float("gate_up", gate_up.dtype)
+    check_shape("gate_up", gate_up, ("T", "2F"))
+    check_rows("gate_up", gate_up)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
+    check_device(gate_up, order=order)
+    if order is not None:
+        check_index("order", order, gate_up.shape[1] // 2, stop=gate_up.shape[1] // 2)
+
+
+@op(reference=silu_mul_reference, check=_check_silu_mul)
+def silu_mul(gate_up: Tensor, *, order: Tensor | None = None) -> Tensor:
+    """Multiply silu of the gate half with the up half.
+
+    y = silu(gate_up[:, :F]) * gate_up[:, F:],  out[:, j] = y[:, order[j]]
+
+    Args:
+        gate_up: [T, 2F] fp16, bf16 or fp32, last stride 1.
+        order: [F] int32 (or int64) in [0, F), the input order of the next projection; None: 0, 1, 2 …
+
+    Returns:
+        [T, F] in gate_up.dtype, contiguous.
+
+    Raises:
+        TypeError: a dtype is none of those above.
+        ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) an index is out of range.
+    """
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        block = min(BLOCK, triton.next_power_of_2(width))
+        grid = (num_tokens, triton.cdiv(width, block))
+        _silu_mul_kernel[grid](gate_up, order, out, gate_up.stride(0), F=width, BLOCK=block)
+    return out

@@ -1,0 +1,174 @@
+"""The matrix product over every operand and route."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qinfer.kernels import matmul as module
+from qinfer.kernels.dequant import dequantize
+from qinfer.kernels.matmul import matmul
+from qinfer.kernels.operand import DenseOperand
+from qinfer.kernels.tiles import Tile, bucket, lookup, rule
+from tests.compare import assert_close
+from tests.kernels.operands import plane_operand
+from tests.strategies import random_tensor
+
+
+def test_reference_is_the_product_with_the_dequantized_matrix() -> None:
+    operand = plane_operand(256, 24, group_size=64, symmetric=False)
+    x, bias = random_tensor(5, 256, seed=1), random_tensor(24, seed=2)
+    weight = dequantize.reference(operand.planes[0], operand, dtype=torch.float32).double()
+    assert_close(matmul.reference(x, operand, bias=bias), x.double() @ weight.t() + bias.double(), torch.float32)
+
+
+def test_reference_keeps_dequantized_matrices_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(module._kept)
+    x, first, second = random_tensor(1, 128, seed=0), plane_operand(128, 8, seed=1), plane_operand(128, 8, seed=2)
+    monkeypatch.setattr(module, "MAX_SCRATCH", 128 * 8 + sum(weight.numel() for weight in module._kept.values()))
+    expected = [matmul.reference(x, operand) for operand in (first, second)]
+    assert len(module._kept) == before + 1, "only the first fits"
+    assert torch.equal(matmul.reference(x, first), expected[0])
+    assert not torch.equal(*expected)
+    del first
+    gc.collect()
+    assert len(module._kept) == before, "a matrix must not outlive its planes"
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "group_size", "symmetric"),
+    [
+        (1, 256, 128, 128, True),
+        (1, 128, 72, 32, True),
+        (3, 384, 64, 64, False),
+        (17, 256, 40, 128, False),
+        (2, 160, 136, -1, True),
+        (16, 96, 8, 32, False),
+        (33, 512, 64, 256, True),
+        (1, 160, 16, 32, False),
+        (1, 192, 16, 64, False),
+        (64, 128, 64, 128, True),
+    ],
+)
+def test_matches_reference(
+    device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, group_size: int, symmetric: bool
+) -> None:
+    operand = plane_operand(k, n, group_size=group_size, symmetric=symmetric, device=device)
+    x = random_tensor(m, k, seed=m, dtype=dtype).to(device)
+    bias = random_tensor(n, seed=n, dtype=dtype).to(device)
+    assert_close(matmul.launch(x, operand), matmul.reference(x, operand))
+    actual = matmul.launch(x, operand, bias=bias, out_dtype=torch.float32)
+    assert actual.dtype == torch.float32
+    assert_close(actual, matmul.reference(x, operand, bias=bias, out_dtype=torch.float32))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(16, 64, 1, 4, 3),
+        Tile(16, 128, 2, 4, 4),
+        Tile(32, 64, 3, 4, 3),
+        Tile(64, 128, 2, 8, 3),
+        Tile(16, 64, 5, 4, 5),
+    ],
+    ids=str,
+)
+def test_every_tile_gives_the_same_product(device: torch.device, tile: Tile) -> None:
+    operand = plane_operand(4 * 128, 72, group_size=128, symmetric=False, device=device)
+    x = random_tensor(19, 512, seed=0, dtype=torch.float16).to(device)
+    first = matmul.launch(x, operand, tile=tile)
+    assert_close(first, matmul.reference(x, operand))
+    for _ in range(1 if device.type == "cpu" else 20):
+        assert torch.equal(matmul.launch(x, operand, tile=tile), first), "two runs must agree bit for bit"
+
+
+@pytest.mark.kernel
+def test_large_m_route_agrees_with_the_fused_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    operand = plane_operand(256, 72, group_size=32, symmetric=False, device=device)
+    x = random_tensor(module.FUSED_ROWS + 1, 256, seed=0, dtype=torch.float16).to(device)
+    bias = random_tensor(72, seed=2, dtype=torch.float16).to(device)
+    expected = matmul.reference(x, operand, bias=bias)
+    assert_close(matmul.launch(x, operand, bias=bias), expected)
+    assert_close(matmul.launch(x, operand, bias=bias, tile=Tile(64, 64, 1, 4, 3)), expected)
+    monkeypatch.setattr(module, "MAX_SCRATCH", 256 * 20)
+    assert_close(matmul.launch(x, operand, bias=bias), expected)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("m", [1, module.FUSED_ROWS + 1])
+def test_out_may_be_a_slice_of_columns(device: torch.device, m: int) -> None:
+    operand = plane_operand(128, 40, device=device)
+    x = random_tensor(m, 128, seed=0, dtype=torch.float16).to(device)
+    wide = torch.full((m, 100), 7.0, dtype=torch.float16, device=device)
+    result = matmul.launch(x, operand, out=wide[:, 30:70])
+    assert result.data_ptr() == wide[:, 30:70].data_ptr()
+    assert_close(wide[:, 30:70], matmul.reference(x, operand))
+    assert bool((wide[:, :30] == 7).all())
+    assert bool((wide[:, 70:] == 7).all())
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_dense_matches_reference(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype | None) -> None:
+    operand = DenseOperand(random_tensor(48, 64, seed=1, dtype=dtype).to(device))
+    x = random_tensor(5, 64, seed=2, dtype=dtype).to(device)
+    bias = random_tensor(48, seed=3, dtype=dtype).to(device)
+    actual = matmul.launch(x, operand, bias=bias, out_dtype=out_dtype)
+    # The bias is added to an already rounded product, hence two roundings.
+    assert_close(actual, matmul.reference(x, operand, bias=bias, out_dtype=out_dtype))
+
+
+@pytest.mark.kernel
+def test_results_beyond_fp16_are_kept_in_fp32(device: torch.device) -> None:
+    operand = plane_operand(256, 16, device=device)
+    for m in (1, module.FUSED_ROWS + 1):
+        x = torch.full((m, 256), 3e4, dtype=torch.float16, device=device)
+        expected = matmul.reference(x, operand, out_dtype=torch.float32)
+        assert float(expected.abs().max()) > 65504
+        assert_close(matmul.launch(x, operand, out_dtype=torch.float32), expected, torch.float16)
+
+
+def test_empty_inputs_have_the_right_shape() -> None:
+    assert matmul(torch.zeros(0, 128), plane_operand(128, 8)).shape == (0, 8)
+    assert matmul.launch(torch.zeros(0, 128), plane_operand(128, 8)).shape == (0, 8)
+    assert matmul.launch(torch.zeros(3, 128), plane_operand(128, 0)).shape == (3, 0)
+
+
+def test_wrong_arguments_are_named() -> None:
+    operand = plane_operand(128, 8)
+    with pytest.raises(ValueError, match=r"x must be \[M, 128\] .* got \[2, 64\]"):
+        matmul(torch.zeros(2, 64), operand)
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch.int32"):
+        matmul(torch.zeros(2, 128, dtype=torch.int32), operand)
+    with pytest.raises(ValueError, match=r"bias must be \[8\], got \[9\]"):
+        matmul(torch.zeros(2, 128), operand, bias=torch.zeros(9))
+    with pytest.raises(ValueError, match=r"out must be \[2, 8\] .* got \[2, 9\]"):
+        matmul(torch.zeros(2, 128), operand, out=torch.zeros(2, 9))
+    with pytest.raises(TypeError, match="out_dtype must be that of out"):
+        matmul(torch.zeros(2, 128), operand, out=torch.zeros(2, 8), out_dtype=torch.float16)
+
+
+@given(m=st.integers(1, 64), n=st.integers(1, 200_000), k=st.integers(1, 60_000), num_sms=st.integers(1, 200))
+def test_the_rule_gives_a_legal_tile_for_every_shape(m: int, n: int, k: int, num_sms: int) -> None:
+    tile = rule(num_sms, m, n, k)
+    assert tile.block_m in (16, 32, 64)
+    assert tile.block_n in (64, 128)
+    assert 1 <= tile.split_k <= max(1, -(-k // 128))
+
+
+@given(m=st.integers(1, 5000))
+def test_buckets_hold_their_members(m: int) -> None:
+    assert bucket(m) >= m
+    assert bucket(bucket(m)) == bucket(m)
+
+
+def test_unknown_gpus_use_the_rule() -> None:
+    assert lookup("sm_00", 100, 1, 4096, 4096) == rule(100, 1, 4096, 4096)
