@@ -1,0 +1,94 @@
+"""PagedKVCache: the page tensors of all layers; who owns which page is decided elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qinfer.cache.formats import kv_format as format_named
+from qinfer.kernels.kv_write import kv_write
+
+PAGE_SIZE_STEP = 16  # the smallest key tile of attention, which must not straddle two pages
+
+
+class PagedKVCache:
+    """Zero-filled pages for the keys and values of every layer.
+
+    Attributes:
+        num_pages: Pages per layer; page i of all layers belongs to the same tokens.
+        page_size: Tokens per page.
+        format: How a row is stored.
+        device: Where the pages are.
+        nbytes: Bytes of all pages of all layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        page_size: int = 256,
+        kv_format: str = "fp16",
+    ) -> None:
+        """Allocate all pages.
+
+        Args:
+            num_layers: Layers of the model.
+            num_pages: Pages per layer.
+            num_kv_heads: Heads that share keys and values, G.
+            head_dim: Numbers per key and per value, D.
+            device: Where to allocate.
+            page_size: Tokens per page, S, a multiple of 16.
+            kv_format: Name of a format of `KV_FORMATS`.
+
+        Raises:
+            ValueError: A count is below 1 or the page size is no multiple of 16.
+            UnsupportedError: There is no such format.
+        """
+        counts = {"num_layers": num_layers, "num_pages": num_pages, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if page_size < 1 or page_size % PAGE_SIZE_STEP != 0:
+            raise ValueError(f"page_size must be a multiple of {PAGE_SIZE_STEP}, got {page_size}")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.format = format_named(kv_format)
+        # One tensor for all layers, so that a page is copied in one launch.
+        self._storage = torch.zeros(
+            (num_layers, 2, num_pages, num_kv_heads, page_size, head_dim),
+            dtype=self.format.storage_dtype,
+            device=device,
+        )
+        self.device = self._storage.device
+        self.nbytes = self._storage.nbytes
+        self._pages = [(keys, values) for keys, values in self._storage]
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the key pages and the value pages of a layer, each [P, G, S, D] in the storage dtype, not copied."""
+        return self._pages[layer]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Store the keys and values of new tokens.
+
+        Args:
+            layer: Index of the layer.
+            k: [T, G, D] fp16, bf16 or fp32 keys.
+            v: Values, like `k`.
+            slots: [T] int32, page * page_size + offset; -1 skips the row.
+        """
+        kv_write(k, v, *self._pages[layer], slots)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make page `target` equal to page `source` in every layer.
+
+        Raises:
+            ValueError: There is no such page.
+        """
+        for page in (source, target):
+            if not 0 <= page < self.num_pages:
+                raise ValueError(f"a page must be from 0 to {self.num_pages - 1}, got {page}")
+        self._storage[:, :, target] = self._storage[:, :, source]

@@ -1,0 +1,207 @@
+"""One step of a decoder as tensors: which tokens, where they stand, where their keys go and what they may see.
+
+All fields are views of one flat int32 buffer, so a step costs one copy to the device, and a captured graph is fed by
+copying the buffer of a batch of the same sizes over its own. Order of the fields in the buffer, each starting at a
+multiple of 16 bytes (kernels are specialised on pointer alignment, which must not change with T):
+
+    token_ids [T] · positions [T] · slots [T] · query_starts [B + 1] · context_lens [B] · logit_rows [R]
+    · page_table [B, W]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 4  # int32 elements in 16 bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tokens of one sequence that a step processes."""
+
+    token_ids: Sequence[int]  # the new tokens, at least one
+    start: int  # position of the first of them = number of tokens already in the cache
+    pages: Sequence[int]  # page i holds positions i * page_size ...; must reach the last new token, may reach further
+    wants_logits: Literal["all", "last", "none"]
+
+
+def _shapes(T: int, B: int, W: int, R: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every field in buffer order."""
+    return {
+        "token_ids": (T,),
+        "positions": (T,),
+        "slots": (T,),
+        "query_starts": (B + 1,),
+        "context_lens": (B,),
+        "logit_rows": (R,),
+        "page_table": (B, W),
+    }
+
+
+def _offsets(shapes: dict[str, tuple[int, ...]]) -> list[int]:
+    """Return where each field starts in the buffer, and the length of the buffer last."""
+    return list(accumulate((-(-prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()), initial=0))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step; all tensors int32 on the device of the model."""
+
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    slots: Tensor  # [T] page * page_size + offset where the token's key goes; -1: nowhere
+    query_starts: Tensor  # [B+1] sequence b owns tokens query_starts[b] ... query_starts[b+1] - 1
+    context_lens: Tensor  # [B] tokens of the sequence including the new ones; 0: a padding row
+    logit_rows: Tensor  # [R] tokens whose logits are wanted, ascending
+    page_table: Tensor  # [B, W] entries beyond a sequence's last page are -1 and not to be read
+    buffer: Tensor  # [...] everything above
+    max_query_len: int  # longest piece
+
+    @classmethod
+    def views(cls, buffer: Tensor, *, T: int, B: int, W: int, R: int, max_query_len: int) -> Batch:
+        """Lay the fields over a buffer without copying.
+
+        Args:
+            buffer: [`Batch.buffer_length(T=T, B=B, W=W, R=R)`] int32, on any device.
+            T: number of tokens.
+            B: number of sequences.
+            W: pages per sequence in the page table.
+            R: number of wanted logit rows.
+            max_query_len: longest piece, in tokens.
+
+        Raises:
+            ValueError: the buffer has another length or dtype.
+        """
+        shapes = _shapes(T, B, W, R)
+        offsets = _offsets(shapes)
+        if buffer.dtype != torch.int32 or tuple(buffer.shape) != (offsets[-1],):
+            raise ValueError(f"buffer must be [{offsets[-1]}] int32, got {list(buffer.shape)} {buffer.dtype}")
+        fields = {
+            name: buffer[offset : offset + prod(shape)].view(shape)
+            for (name, shape), offset in zip(shapes.items(), offsets, strict=False)
+        }
+        return cls(**fields, buffer=buffer, max_query_len=max_query_len)
+
+    @staticmethod
+    def buffer_length(*, T: int, B: int, W: int, R: int) -> int:
+        """Return how many int32 a batch of these sizes takes."""
+        return _offsets(_shapes(T, B, W, R))[-1]
+
+    @classmethod
+    def build(
+        cls,
+        pieces: Sequence[Piece],
+        *,
+        page_size: int,
+        device: torch.device | str,
+        pad_to: int | None = None,
+        table_width: int | None = None,
+    ) -> Batch:
+        """Join pieces of several sequences into one step.
+
+        Args:
+            pieces: at least one, each of its own sequence.
+            page_size: tokens per page of the cache.
+            device: where the fields go.
+            pad_to: number of rows of a graph's bucket. Every piece must be one token that wants logits; the rows
+                behind them get token 0, position 0, slot -1, context length 0 and logits of their own.
+            table_width: W; None takes what the longest sequence needs.
+
+        Returns:
+            A batch whose T, B and R are the pieces' totals, or all `pad_to`.
+
+        Raises:
+            ValueError: a piece is empty, starts below 0 or has too few pages, or the padding is impossible.
+        """
+        needed = [_num_pages(index, piece, page_size) for index, piece in enumerate(pieces)]
+        rows = _num_rows(pieces, pad_to)
+        num_padding = rows - len(pieces)
+        logit_rows = _logit_rows(pieces) + list(range(len(pieces), rows))
+        lengths = [len(piece.token_ids) for piece in pieces] + [1] * num_padding
+        width = max(needed) if table_width is None else table_width
+        if width < max(needed):
+            raise ValueError(f"table_width must be at least {max(needed)} for these pieces, got {width}")
+        sizes = {"T": sum(lengths), "B": rows, "W": width, "R": len(logit_rows)}
+        device = torch.device(device)
+        host = torch.empty(cls.buffer_length(**sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+        batch = cls.views(host, **sizes, max_query_len=max(lengths))
+        batch.query_starts.numpy()[:] = [0, *accumulate(lengths)]
+        batch.logit_rows.numpy()[:] = logit_rows
+        batch._fill(pieces, needed, page_size)
+        # The caching host allocator keeps pinned memory from being reused until the copy is done.
+        return cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=max(lengths))
+
+    def _fill(self, pieces: Sequence[Piece], needed: Sequence[int], page_size: int) -> None:
+        """Write tokens, positions, slots, lengths and page tables; rows without a piece become padding."""
+        token_ids, positions, slots = self.token_ids.numpy(), self.positions.numpy(), self.slots.numpy()
+        context_lens, page_table = self.context_lens.numpy(), self.page_table.numpy()
+        first = 0
+        page_table[:] = -1
+        for row, (piece, num_pages) in enumerate(zip(pieces, needed, strict=True)):
+            last = first + len(piece.token_ids)
+            context_lens[row] = end = piece.start + len(piece.token_ids)
+            page_table[row, :num_pages] = piece.pages[:num_pages]
+            token_ids[first:last] = piece.token_ids
+            positions[first:last] = np.arange(piece.start, end)
+            page, offset = np.divmod(positions[first:last], page_size)
+            slots[first:last] = page_table[row, page] * page_size + offset
+            first = last
+        token_ids[first:] = 0
+        positions[first:] = 0
+        slots[first:] = -1
+        context_lens[len(pieces) :] = 0
+
+
+def _num_pages(index: int, piece: Piece, page_size: int) -> int:
+    """Return how many pages a piece touches or sees, after checking that it has them."""
+    if len(piece.token_ids) == 0:
+        raise ValueError(f"piece {index} must have at least one token, got none")
+    if piece.start < 0:
+        raise ValueError(f"piece {index} must start at 0 or later, got {piece.start}")
+    end = piece.start + len(piece.token_ids)
+    needed = -(-end // page_size)
+    if len(piece.pages) < needed:
+        raise ValueError(
+            f"piece {index} must have {needed} pages of {page_size} tokens for {end} tokens, got {len(piece.pages)}"
+        )
+    if min(piece.pages[:needed]) < 0:
+        raise ValueError(f"pages of piece {index} must be at least 0, got {min(piece.pages[:needed])}")
+    return needed
+
+
+def _num_rows(pieces: Sequence[Piece], pad_to: int | None) -> int:
+    """Return the number of sequences with padding, after checking that the pieces can be padded."""
+    if len(pieces) == 0:
+        raise ValueError("a batch must have at least one piece, got none")
+    if pad_to is None:
+        return len(pieces)
+    if pad_to < len(pieces):
+        raise ValueError(f"pad_to must be at least the number of pieces, {len(pieces)}, got {pad_to}")
+    for index, piece in enumerate(pieces):
+        if len(piece.token_ids) != 1 or piece.wants_logits == "none":
+            raise ValueError(
+                f"pieces of a padded batch must be one token that wants logits, piece {index} has "
+                f"{len(piece.token_ids)} and wants {piece.wants_logits!r}"
+            )
+    return pad_to
+
+
+def _logit_rows(pieces: Sequence[Piece]) -> list[int]:
+    """Return the rows of the pieces' tokens whose logits are wanted."""
+    rows: list[int] = []
+    first = 0
+    for index, piece in enumerate(pieces):
+        last = first + len(piece.token_ids)
+        if piece.wants_logits not in ("all", "last", "none"):
+            raise ValueError(f"piece {index} must want 'all', 'last' or 'none' logits, got {piece.wants_logits!r}")
+        rows += {"all": range(first, last), "last": range(last - 1, last), "none": range(0)}[piece.wants_logits]
+        first = last
+    return rows

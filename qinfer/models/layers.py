@@ -1,0 +1,247 @@
+"""The parts of a decoder block: plain classes over kernels, immutable, called with tensors.
+
+An operand may store its input features in an order of its own (GPTQ act-order). The activation is never reordered in
+front of the matrix product: whatever produces it writes it in the consumer's order. So every layer that feeds another
+is built with that other one's `order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qinfer.cache.paged import PagedKVCache
+from qinfer.kernels.attention import paged_attention
+from qinfer.kernels.gather import gather_columns, gather_rows
+from qinfer.kernels.matmul import matmul
+from qinfer.kernels.operand import Operand
+from qinfer.kernels.rmsnorm import add_rmsnorm, rmsnorm
+from qinfer.kernels.rope import rope
+from qinfer.kernels.silu_mul import silu_mul
+from qinfer.models.batch import Batch
+from qinfer.models.config import RopeConfig
+from qinfer.quant import join
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W + bias; x comes in the operand's order."""
+
+    operand: Operand
+    bias: Tensor | None = None  # [N]
+
+    @property
+    def order(self) -> Tensor | None:
+        """[K] int32: feature j of the input must be feature order[j] of the unordered activation; None: as it is."""
+        return self.operand.order
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of logical weights, the bias included."""
+        return self.operand.in_features * self.operand.out_features + (0 if self.bias is None else self.bias.numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product reads."""
+        return self.operand.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Tensor, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Multiply.
+
+        Args:
+            x: [T, K] in `order`.
+            out: [T, N] where the result goes; None makes a new tensor.
+            out_dtype: dtype of a new result; None takes x's.
+
+        Returns:
+            [T, N].
+        """
+        return matmul(x, self.operand, bias=self.bias, out=out, out_dtype=out_dtype)
+
+
+@dataclass(frozen=True)
+class MergedLinear:
+    """Several products of the same activation, side by side in one output: q, k and v, or gate and up.
+
+    One matrix product where the stored layouts could be joined, one per part otherwise.
+    """
+
+    parts: tuple[Linear, ...]
+    widths: tuple[int, ...]  # columns of the output per matrix that went in
+
+    @classmethod
+    def of(cls, parts: Sequence[Linear]) -> MergedLinear:
+        """Join what can be joined: all parts or none."""
+        widths = tuple(part.operand.out_features for part in parts)
+        joined = join([part.operand for part in parts])
+        if joined is None:
+            return cls(tuple(parts), widths)
+        return cls((Linear(joined, _join_biases(parts)),), widths)
+
+    @property
+    def order(self) -> Tensor | None:
+        """Order of the input; None where parts differ, which then reorder it themselves."""
+        return self.parts[0].order if len(self.parts) == 1 else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply.
+
+        Args:
+            x: [T, K] in `order`.
+
+        Returns:
+            [T, sum of widths] in x's dtype.
+        """
+        if len(self.parts) == 1:
+            return self.parts[0](x)
+        y = x.new_empty(x.shape[0], sum(self.widths))
+        for part, columns in zip(self.parts, self.split(y), strict=True):
+            part(x if part.order is None else gather_columns(x, part.order), out=columns)
+        return y
+
+    def split(self, y: Tensor) -> Sequence[Tensor]:
+        """Cut an output [T, sum of widths] into one view per matrix that went in."""
+        return torch.split(y, list(self.widths), dim=1)
+
+
+def _join_biases(parts: Sequence[Linear]) -> Tensor | None:
+    """Put the biases of joined parts side by side, zeros where a part has none; None where none has one."""
+    given = [part.bias for part in parts if part.bias is not None]
+    if not given:
+        return None
+    return torch.cat(
+        [given[0].new_zeros(part.operand.out_features) if part.bias is None else part.bias for part in parts]
+    )
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Token ids to the first residual."""
+
+    table: Tensor  # [V, C]
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Return [T, C] fp32 rows of the table for token_ids [T]."""
+        return gather_rows(self.table, token_ids, out_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """Root-mean-square norm of the residual, written for the layer that reads it."""
+
+    weight: Tensor  # [C]
+    eps: float
+    dtype: torch.dtype  # of the output
+    order: Tensor | None  # [C] int32, the consumer's
+
+    def __call__(self, residual: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Add what the last layer left to the residual, then normalize.
+
+        Args:
+            residual: [T, C] fp32; changed in place where there is a delta.
+            delta: [T, C] fp32, or None where nothing is pending.
+
+        Returns:
+            [T, C] in `dtype` and `order`.
+        """
+        if delta is None:
+            return rmsnorm(residual, self.weight, eps=self.eps, out_dtype=self.dtype, order=self.order)
+        return add_rmsnorm(residual, delta, self.weight, eps=self.eps, out_dtype=self.dtype, order=self.order)
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Root-mean-square norm of every head by itself."""
+
+    weight: Tensor  # [D]
+    eps: float
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """Return the normalized [T, H, D] heads, contiguous, in their own dtype; the input may be strided."""
+        return rmsnorm(heads, self.weight, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of every position, shared by all layers that rotate alike."""
+
+    cos: Tensor  # [L, R/2] fp32
+    sin: Tensor  # [L, R/2] fp32
+    interleaved: bool
+
+    @classmethod
+    def build(cls, config: RopeConfig, *, max_positions: int, device: torch.device) -> RopeTable:
+        """Compute the table in float64: cos(p f_i) and sin(p f_i), both times the attention factor.
+
+        Args:
+            config: frequencies f_i in radians per position, and the attention factor.
+            max_positions: L, number of positions.
+            device: where the table goes.
+        """
+        frequencies = torch.tensor(config.inverse_frequencies(), dtype=torch.float64, device=device)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float64, device=device), frequencies)
+        cos, sin = angles.cos() * config.attention_factor, angles.sin() * config.attention_factor
+        return cls(cos.float(), sin.float(), config.interleaved)
+
+    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
+        """Rotate q [T, H, D] and k [T, G, D] in place to their positions [T]."""
+        rope(q, k, self.cos, self.sin, positions, interleaved=self.interleaved)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal attention of the new tokens over the pages of their sequences."""
+
+    layer: int  # whose pages of the cache
+    head_dim: int
+    scale: float
+    window: int | None  # positions that a query sees, itself included; None: all before it
+    qkv: MergedLinear
+    out: Linear
+    rope: RopeTable
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+
+    def __call__(self, x: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
+        """Write keys and values of the new tokens, then attend.
+
+        Args:
+            x: [T, C] in the order of `qkv`.
+            batch: where the tokens stand.
+            cache: pages of all layers; those of this one are written.
+
+        Returns:
+            [T, C] fp32.
+        """
+        q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv.split(self.qkv(x)))
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        self.rope(q, k, batch.positions)
+        cache.write(self.layer, k, v, batch.slots)
+        mixed = paged_attention(
+            q,
+            *cache.pages(self.layer),
+            batch.page_table,
+            batch.query_starts,
+            batch.context_lens,
+            max_query_len=batch.max_query_len,
+            scale=self.scale,
+            window=self.window,
+            order=self.out.order,
+        )
+        return self.out(mixed, out_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(silu(gate(x)) * up(x))."""
+
+    gate_up: MergedLinear
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [T, C] fp32 for x [T, C] in the order of `gate_up`."""
+        return self.down(silu_mul(self.gate_up(x), order=self.down.order), out_dtype=torch.float32)

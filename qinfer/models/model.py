@@ -1,0 +1,205 @@
+"""Model: a decoder with its config and its tokenizer, loaded from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qinfer.cache.paged import PagedKVCache
+from qinfer.checkpoint import Checkpoint
+from qinfer.errors import CheckpointError, UnsupportedError
+from qinfer.kernels.device import default_device
+from qinfer.models.architectures import name_map, read_config
+from qinfer.models.batch import Batch, Piece
+from qinfer.models.config import ModelConfig
+from qinfer.models.decoder import Decoder
+from qinfer.parallel.comm import Alone
+from qinfer.tokenizer import Tokenizer
+
+CHUNK = 2048  # tokens per step of `Model.logits`
+
+DTYPES = {
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+_KV_FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Model:
+    """A language model that is ready to run.
+
+    Attributes:
+        config: what the model is.
+        decoder: batches and a cache in, logits out.
+        device: where it runs.
+        dtype: dtype of its activations; the residual stream is fp32 whatever it is.
+        tokenizer: text to token ids and back; None when the model has none.
+        eos_ids: token ids that end a text, of the config and of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Put the parts together."""
+        self.config = config
+        self.decoder = decoder
+        self.device = device
+        self.dtype = dtype
+        self.tokenizer = tokenizer
+        self.eos_ids = config.eos_ids | (frozenset() if tokenizer is None else tokenizer.eos_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> Model:
+        """Load a checkpoint.
+
+        Args:
+            path: folder with config.json and safetensors files; without a tokenizer.json the model takes ids only.
+            device: where to run, "cuda" or "cpu"; None takes CUDA if there is one.
+            dtype: of the activations, as torch's or as "fp16", "bf16", "fp32"; None takes fp32 on a CPU, and on a GPU
+                the checkpoint's, or bf16 if that is fp32.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or contradicts another.
+            UnsupportedError: the model, its format, the device or the dtype is not served.
+        """
+        checkpoint = Checkpoint(path)
+        config = read_config(checkpoint)
+        device = _resolve_device(device)
+        resolved = _resolve_dtype(dtype, device, config)
+        has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
+        tokenizer = Tokenizer.load(checkpoint.path) if has_tokenizer else None
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                checkpoint.path / "tokenizer.json",
+                None,
+                f"has {tokenizer.vocab_size} tokens, but {name_map(config).embed}.weight only {config.vocab_size} rows",
+            )
+        decoder = Decoder.load(checkpoint, config, device=device, dtype=resolved, comm=Alone())
+        return cls(config, decoder, device=device, dtype=resolved, tokenizer=tokenizer)
+
+    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Score a text: the logits behind every one of its tokens.
+
+        Args:
+            token_ids: [T] ids, from 1 to config.max_positions of them.
+
+        Returns:
+            [T, V] fp32 on the model's device; row t holds the logits of the token that follows token t.
+
+        Raises:
+            ValueError: there are no ids or too many, or one is out of range.
+            TypeError: the ids are not integers.
+        """
+        ids = self.check_token_ids(token_ids)
+        if len(ids) > self.config.max_positions:
+            raise ValueError(f"token_ids must be at most {self.config.max_positions} for this model, got {len(ids)}")
+        page_size = 256
+        cache = self.new_cache(-(-len(ids) // page_size), page_size=page_size)
+        logits = torch.empty(len(ids), self.config.vocab_size, dtype=torch.float32, device=self.device)
+        for start in range(0, len(ids), CHUNK):
+            piece = Piece(ids[start : start + CHUNK], start, range(cache.num_pages), "all")
+            batch = Batch.build([piece], page_size=page_size, device=self.device)
+            logits[start : start + CHUNK] = self.decoder(batch, cache)
+        return logits
+
+    def check_token_ids(self, token_ids: Sequence[int] | Tensor) -> list[int]:
+        """Return the ids as a list of integers, after checking that the model knows each of them.
+
+        Args:
+            token_ids: [T] ids.
+
+        Raises:
+            ValueError: there are no ids, they are no vector, or one is not in [0, config.vocab_size).
+            TypeError: the ids are not integers.
+        """
+        if isinstance(token_ids, Tensor):
+            if token_ids.dim() != 1:
+                raise ValueError(f"token_ids must be [T], got {list(token_ids.shape)}")
+            token_ids = token_ids.tolist()
+        ids = [index(token) for token in token_ids]
+        if not ids:
+            raise ValueError("token_ids must hold at least one id, got none")
+        for position, token in enumerate(ids):
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"token ids must be in [0, {self.config.vocab_size}), got {token} at position {position}"
+                )
+        return ids
+
+    def new_cache(self, num_pages: int, *, page_size: int = 256, kv_format: str | None = None) -> PagedKVCache:
+        """Make an empty cache for this model.
+
+        Args:
+            num_pages: pages per layer.
+            page_size: tokens per page.
+            kv_format: how keys and values are stored; None stores them in the dtype of the activations.
+
+        Raises:
+            UnsupportedError: there is no such format.
+        """
+        return PagedKVCache(
+            num_layers=self.config.num_layers,
+            num_pages=num_pages,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            device=self.device,
+            page_size=page_size,
+            kv_format=_KV_FORMATS[self.dtype] if kv_format is None else kv_format,
+        )
+
+    def __repr__(self) -> str:
+        size = f"{self.decoder.num_parameters / 1e6:,.1f} M parameters in {self.decoder.nbytes / 1e6:,.1f} MB"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Model({self.config.model_type}, {size}, {dtype} on {self.device})"
+
+
+def _resolve_device(device: torch.device | str | None) -> torch.device:
+    """Return the device to run on, after checking that there is one of its kind."""
+    found = default_device()
+    if device is None:
+        return found
+    try:
+        device = torch.device(device)
+    except RuntimeError as problem:
+        raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}") from problem
+    if device.type not in ("cuda", "cpu"):
+        raise UnsupportedError(f"models do not run on {device.type!r}; 'cuda' and 'cpu' work")
+    if device.type == "cuda" and found.type != "cuda":
+        raise UnsupportedError(f"torch finds no GPU for device {str(device)!r}; 'cpu' works")
+    return device
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device, config: ModelConfig) -> torch.dtype:
+    """Return the dtype of the activations, after checking that the device serves it."""
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        stored = DTYPES[config.dtype]
+        return torch.bfloat16 if stored == torch.float32 else stored
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved not in _KV_FORMATS:
+        raise UnsupportedError(f"models do not run in {dtype}; fp16 and bf16 work, and fp32 on a CPU")
+    if resolved == torch.float32 and device.type == "cuda":
+        raise UnsupportedError("models do not run in fp32 on a GPU; fp16 and bf16 work")
+    return resolved
