@@ -1,0 +1,145 @@
+"""From token ids to text while they arrive: whole characters only, and nothing of a stop string.
+
+A tokenizer can only decode a list of ids, and the text of an id depends on its neighbours: the bytes of a character may
+be spread over several tokens, and some tokenizers drop a space at the start. So a short window of ids is decoded, and
+what it adds to the text shown before is the new text. Characters U+FFFD at the end of the window may be the beginning
+of a character that is still arriving; they are withheld.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+UNFINISHED = "\ufffd"
+
+# Ids without a settled end of a character after which the window looks for a cut inside: a character has 4 bytes at
+# most, so a longer run means bytes that are not text.
+_LONG_RUN = 12
+
+
+class Decodes(Protocol):
+    """The part of a tokenizer that turns ids into text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, without special tokens."""
+        ...
+
+
+class Detokenizer:
+    """Gives each piece of text once it is final; the pieces and `flush` join to the decoding of all ids."""
+
+    def __init__(self, tokenizer: Decodes, prompt_tail: Sequence[int] = ()) -> None:
+        """Continue after the last ids of a prompt; a handful is enough, they tell whether a leading space belongs.
+
+        A character that the prompt leaves unfinished belongs to the generated text.
+        """
+        self._decode = tokenizer.decode
+        self._window = list(prompt_tail)
+        self._text = self._decode(self._window) if self._window else ""
+        # Ids of the window whose text is out completely: they stay as context until the next ones are.
+        self._num_settled = len(self._window)
+        self._num_shown = len(self._text.rstrip(UNFINISHED))
+
+    def push(self, token_id: int) -> str:
+        """Take the next id and return the text that became final, often one word, sometimes nothing."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text and text == self._text and not self._decode([token_id]):
+            # An id without text, such as a special token, would only make the window longer.
+            self._window.pop()
+            return ""
+        self._text = text
+        settled = text.rstrip(UNFINISHED)
+        if len(settled) < len(text):
+            return self._cut_run(text) if len(self._window) - self._num_settled > _LONG_RUN else self._show(settled)
+        new = self._show(text)
+        if new:
+            self._window = self._window[self._num_settled :]
+            self._num_settled = len(self._window)
+            self._text = self._decode(self._window)
+            self._num_shown = len(self._text)
+        return new
+
+    def flush(self) -> str:
+        """Return what was withheld, U+FFFD for bytes that never became a character."""
+        return self._show(self._text)
+
+    def _show(self, text: str) -> str:
+        """Return the part of the window's text that is new."""
+        new = text[self._num_shown :]
+        self._num_shown += len(new)
+        return new
+
+    def _cut_run(self, text: str) -> str:
+        """Settle the ids before a place where the window can be cut without changing its text.
+
+        If the two sides decode to the same text alone as together, then no character reaches over the cut: its bytes
+        would give more U+FFFD apart than together.
+        """
+        for cut in range(len(self._window) - 1, 0, -1):
+            left, right = self._decode(self._window[:cut]), self._decode(self._window[cut:])
+            if left + right == text:
+                new = self._show(left)
+                self._window, self._text = self._window[cut:], right
+                self._num_settled = self._num_shown = 0
+                return new
+        return ""
+
+
+class StopMatcher:
+    """Passes text on except what may still become a stop string, and cuts before the first that is complete."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Look for these strings; the one that is complete first wins, the longest of several that end together."""
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched = False
+
+    def push(self, text: str) -> str:
+        """Take more text and return what can no longer belong to a stop string."""
+        if self.matched:
+            return ""
+        self._held += text
+        found = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if found:
+            self.matched = True
+            _, length = min(found)
+        else:
+            length = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        passed, self._held = self._held[:length], self._held[length:]
+        return passed
+
+    def flush(self) -> str:
+        """Return what was withheld, or nothing when a stop string was found."""
+        rest, self._held = self._held, ""
+        return "" if self.matched else rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` with which `stop` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
+
+
+class TextStream:
+    """The text of one request: a detokenizer and a stop matcher in a row; no text at all without a tokenizer."""
+
+    def __init__(self, tokenizer: Decodes | None, prompt_tail: Sequence[int], stops: Sequence[str]) -> None:
+        """Continue after the last ids of a prompt."""
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_tail)
+        self._matcher = StopMatcher(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._matcher.matched
+
+    def push(self, token_id: int) -> str:
+        """Take the next id and return the text that became final."""
+        return "" if self._detokenizer is None else self._matcher.push(self._detokenizer.push(token_id))
+
+    def flush(self) -> str:
+        """Return the text that was withheld; after a stop string there is none."""
+        rest = "" if self._detokenizer is None else self._matcher.push(self._detokenizer.flush())
+        return rest + self._matcher.flush()

@@ -1,0 +1,390 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from qinfer.engine.generator import Completion, Event, Generator, Job
+from qinfer.engine.sampling import Row, SamplingParams, sample
+from qinfer.errors import NonFiniteLogits
+from tests.engine.mock import POISON, VOCAB, MockModel, byte_level, expected, logits_after
+
+TOKENIZER = byte_level(["the fox said hello to the owl", "🦊 und 🦉 und größere Tiere"])
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
+
+
+def generator(model: MockModel | None = None, **options: int) -> Generator:
+    sizes = {"max_tokens": 400, "page_size": 4, "max_batch": 4, "max_step_tokens": 16, **options}
+    return Generator(model or MockModel(), **sizes)
+
+
+def is_idle(gen: Generator) -> bool:
+    """Nothing is queued and every page is back."""
+    return not gen.scheduler.has_work and gen.pages.num_used == 0
+
+
+def drain(gen: Generator) -> list[Event]:
+    events = []
+    while gen.scheduler.has_work:
+        events += gen.step()
+    return events + gen.step()
+
+
+# --- what comes out
+
+
+def test_one_prompt() -> None:
+    gen = generator()
+    out = gen.generate([5, 6, 7], GREEDY)
+    assert out == Completion("", tuple(expected([5, 6, 7], GREEDY)), "length", 3)
+    assert is_idle(gen)
+
+
+prompts = st.lists(
+    st.lists(st.integers(0, VOCAB - 1) | st.integers(POISON - 5, POISON + 5), min_size=1, max_size=30),
+    min_size=1,
+    max_size=6,
+)
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5]),
+    top_k=st.sampled_from([0, 4]),
+    seed=st.integers(0, 9),
+    max_new_tokens=st.integers(1, 9),
+    stop_ids=st.lists(st.integers(0, 99), max_size=60),
+)
+
+
+@given(prompts, st.data(), st.integers(1, 4), st.integers(0, 20), st.sampled_from([1, 4, 16]))
+def test_chunks_batches_and_pages_change_nothing(
+    texts: list[list[int]], data: st.DataObject, max_batch: int, extra: int, page_size: int
+) -> None:
+    several = [data.draw(params) for _ in texts]
+    gen = generator(page_size=page_size, max_tokens=96, max_batch=max_batch, max_step_tokens=max_batch + extra)
+    outs = gen.generate(texts, several)
+    for text, one, out in zip(texts, several, outs, strict=True):
+        ids = expected(text, one)
+        ended = ids and ids[-1] in one.stop_ids
+        reason = "stop" if ended else "length" if len(ids) == one.max_new_tokens else "error"
+        assert (list(out.token_ids), out.finish_reason, out.prompt_tokens) == (ids, reason, len(text))
+    assert is_idle(gen)
+
+
+def test_same_seed_same_tokens_and_fresh_ones_without() -> None:
+    gen = generator()
+    first, again, other = (
+        gen.generate([1, 2], SamplingParams(seed=seed, max_new_tokens=20)).token_ids for seed in (3, 3, 4)
+    )
+    assert first == again != other
+    free = [gen.generate([1, 2], SamplingParams(max_new_tokens=20)).token_ids for _ in range(2)]
+    assert free[0] != free[1]
+
+
+def test_prompt_is_cut_and_runs_beside_others() -> None:
+    model = MockModel()
+    gen = generator(model, max_step_tokens=5)
+    gen.submit([1, 2, 3], GREEDY)
+    gen.submit(list(range(20, 29)), GREEDY)
+    drain(gen)
+    assert model.steps[:4] == [[3, 2], [1, 4], [1, 3], [1, 1]]
+
+
+# --- text
+
+
+def test_stream_joins_to_the_completion() -> None:
+    gen = generator(MockModel(tokenizer=TOKENIZER))
+    for seed in range(20):
+        events = list(gen.stream("the 🦊", SamplingParams(seed=seed, max_new_tokens=30)))
+        final = events[-1].completion
+        assert final is not None
+        assert "".join(event.text for event in events) == final.text == TOKENIZER.decode(final.token_ids)
+        assert [token for event in events for token in event.token_ids] == list(final.token_ids)
+        assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
+        assert final.finish_reason == events[-1].finish_reason == "length"
+    assert is_idle(gen)
+
+
+def test_stop_string_cuts_the_text() -> None:
+    gen = generator(MockModel(tokenizer=TOKENIZER))
+    whole = gen.generate("owl", SamplingParams(seed=1, max_new_tokens=30))
+    stop = next(whole.text[i : i + 3] for i in range(5, 30) if "\ufffd" not in whole.text[i : i + 3])
+    out = gen.generate("owl", SamplingParams(seed=1, max_new_tokens=30, stop=stop))
+    assert (out.text, out.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert out.token_ids == whole.token_ids[: len(out.token_ids)]
+    assert len(out.token_ids) < 30
+
+
+def test_end_of_sequence() -> None:
+    plain = generator(MockModel(tokenizer=TOKENIZER)).generate("owl", SamplingParams(seed=1, max_new_tokens=30))
+    last = plain.token_ids[9]
+    assert plain.token_ids.index(last) == 9
+    gen = generator(MockModel(tokenizer=TOKENIZER, eos_ids=[VOCAB - 1, last]))
+    stopped = gen.generate("owl", SamplingParams(seed=1, max_new_tokens=30))
+    assert (stopped.token_ids, stopped.finish_reason) == (plain.token_ids[:10], "stop")
+    # The text ends before the token that ended it.
+    assert stopped.text == TOKENIZER.decode(plain.token_ids[:9])
+    ignoring = SamplingParams(seed=1, max_new_tokens=30, ignore_eos=True)
+    assert gen.generate("owl", ignoring) == plain
+    own = SamplingParams(seed=1, max_new_tokens=30, ignore_eos=True, stop_ids=[last])
+    assert gen.generate("owl", own) == stopped
+
+
+# --- lists
+
+
+def test_lists_keep_their_order() -> None:
+    gen = generator(MockModel(tokenizer=TOKENIZER), max_batch=2)
+    texts = ["owl", "the fox", "🦊", "a", "hello to"]
+    several = [SamplingParams(seed=i, max_new_tokens=9 - i) for i in range(5)]
+    alone = [gen.generate(text, one) for text, one in zip(texts, several, strict=True)]
+    assert gen.generate(texts, several) == alone
+    assert gen.generate([TOKENIZER.encode(text) for text in texts], several) == alone
+    assert gen.generate(["owl"], several[:1]) == alone[:1]
+
+
+def test_list_with_a_mistake_queues_nothing() -> None:
+    gen = generator()
+    with pytest.raises(ValueError, match="list of 2, one per prompt, got 1"):
+        gen.generate([[1], [2]], [GREEDY])
+    with pytest.raises(ValueError, match="got 340"):
+        gen.generate([[1], [340]], GREEDY)
+    assert is_idle(gen)
+
+
+# --- mistakes
+
+
+def test_mistakes_at_submit() -> None:
+    gen = generator(max_tokens=40)
+    for prompt, message in (
+        ([], "at least one"),
+        ([1, -1], "got -1"),
+        ([VOCAB], f"got {VOCAB}"),
+        ("text", "no tokenizer"),
+        (
+            [1] * 33,
+            r"33 prompt tokens \+ max_new_tokens=8 are 41 tokens, the page pool holds 40; raise Generator\(max_",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gen.submit(prompt, GREEDY)
+        with pytest.raises(ValueError, match=message):
+            gen.stream(prompt, GREEDY)
+        with pytest.raises(ValueError, match=message):
+            gen.generate(prompt, GREEDY)
+    with pytest.raises(ValueError, match=r"stop=.* needs a tokenizer"):
+        gen.submit([1], SamplingParams(stop="x"))
+    with pytest.raises(ValueError, match=r"are 11 tokens, the model has 10 positions; .* lower max_new_tokens"):
+        generator(MockModel(max_positions=10)).submit([1, 2, 3], GREEDY)
+    assert is_idle(gen)
+    assert gen.generate([1] * 32, GREEDY).finish_reason == "length"
+
+
+def test_sizes_are_checked() -> None:
+    for sizes, name in (
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"page_size": 0}, "page_size"),
+        ({"max_batch": 0}, "max_b"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            generator(**sizes)
+    assert generator(max_tokens=5, page_size=4).pages.num_pages == 2
+
+
+# --- failures
+
+
+def test_bad_logits_end_one_request_and_no_other() -> None:
+    gen = generator()
+    outs = gen.generate([[1, 2], [3, POISON], [4]], GREEDY)
+    assert [out.finish_reason for out in outs] == ["length", "error", "length"]
+    assert [list(outs[i].token_ids) for i in (0, 2)] == [expected([1, 2], GREEDY), expected([4], GREEDY)]
+    assert list(outs[1].token_ids) == expected([3, POISON], GREEDY)
+    assert len(outs[1].token_ids) == 5
+    assert isinstance(outs[1].error, NonFiniteLogits)
+    assert 'dtype="bf16"' in str(outs[1].error)
+    assert is_idle(gen)
+
+
+def test_decoder_that_raises_ends_its_step_only() -> None:
+    model = MockModel()
+    model.fail_at = 2
+    gen = generator(model, max_batch=2)
+    first, second, third = (gen.submit([number], GREEDY) for number in (1, 2, 3))
+    gen.step()
+    gen.step()
+    with pytest.raises(RuntimeError, match="on fire"):
+        gen.step()
+    assert (first.finished, second.finished, third.finished) == (True, True, False)
+    assert gen.pages.num_used == 0
+    events = drain(gen)
+    assert [(event.job, event.finish_reason) for event in events[:2]] == [(first.id, "error"), (second.id, "error")]
+    assert "on fire" in str(events[0].error)
+    assert first.completion is not None
+    assert list(first.completion.token_ids) == expected([1], GREEDY)[:2]
+    assert third.completion is not None
+    assert list(third.completion.token_ids) == expected([3], GREEDY)
+    assert is_idle(gen)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_generate_and_stream_clean_up_when_the_decoder_raises(step: int) -> None:
+    model = MockModel()
+    model.fail_at = step
+    gen = generator(model, max_batch=2, max_step_tokens=3)
+    with pytest.raises(RuntimeError, match="on fire"):
+        gen.generate([[1, 2, 3, 4], [5], [6]], GREEDY)
+    assert is_idle(gen)
+    model.fail_at = len(model.steps) + step
+    with pytest.raises(RuntimeError, match="on fire"):
+        list(gen.stream([1, 2, 3, 4], GREEDY))
+    assert is_idle(gen)
+
+
+def test_tokenizer_that_raises_gives_the_pages_back() -> None:
+    class Broken:
+        def decode(self, ids: list[int]) -> str:
+            if len(ids) > 2:
+                raise OverflowError("no such id")
+            return "x"
+
+    gen = generator(MockModel(tokenizer=Broken()))
+    with pytest.raises(OverflowError):
+        gen.generate([[1, 2], [3, 4]], GREEDY)
+    assert is_idle(gen)
+
+
+# --- cancelling
+
+
+def test_cancel_in_every_state() -> None:
+    gen = generator(MockModel(tokenizer=TOKENIZER), max_batch=2, max_step_tokens=6)
+    jobs = [gen.submit(ids, GREEDY) for ids in ([1, 2], [3] * 9, [4])]
+    events = gen.step()
+    decoding, prompting, waiting = jobs
+    for job in jobs:
+        job.cancel()
+        job.cancel()
+        assert job.finished
+    assert is_idle(gen)
+    events += gen.step()
+    for job, tokens in ((decoding, 1), (prompting, 0), (waiting, 0)):
+        assert job.completion is not None
+        assert (job.completion.finish_reason, len(job.completion.token_ids)) == ("cancelled", tokens)
+        own = [event for event in events if event.job == job.id]
+        assert own[-1].completion is job.completion
+        assert "".join(event.text for event in own) == job.completion.text
+    assert gen.step() == []
+
+
+def test_closing_a_stream_cancels() -> None:
+    gen = generator()
+    stream = gen.stream([1, 2], GREEDY)
+    next(stream)
+    assert gen.pages.num_used > 0
+    stream.close()
+    assert is_idle(gen)
+
+
+def test_stream_that_nobody_reads_queues_nothing() -> None:
+    gen = generator()
+    gen.stream([1, 2], GREEDY)
+    assert is_idle(gen)
+
+
+def test_events_reach_the_loop_that_asked() -> None:
+    gen = generator()
+    job = gen.submit([1], SamplingParams(temperature=0, max_new_tokens=3))
+    first, second = gen.stream([2], GREEDY), gen.stream([3], GREEDY)
+    next(first)
+    assert [list(event.token_ids) for event in second] == [[token] for token in expected([3], GREEDY)]
+    assert gen.generate([4], GREEDY).token_ids == tuple(expected([4], GREEDY))
+    assert len(list(first)) == 7
+    # The submitted job ran along, and its events waited for `step`.
+    events = gen.step()
+    assert [event.job for event in events] == [job.id] * 3
+    assert is_idle(gen)
+
+
+# --- one transfer
+
+
+def test_sampling_never_reads_a_tensor() -> None:
+    """On the meta device there is nothing to read: an item(), a tolist() or an `if` on a tensor raises."""
+    rows = [Row(SamplingParams(temperature=t, top_k=3, top_p=0.9, min_p=0.1), 0.5) for t in (0.0, 0.7)]
+    for chosen in ([rows[0]], rows):
+        ids = sample(torch.empty(len(chosen), 7, device="meta"), chosen)
+        assert (ids.shape, ids.device.type) == ((len(chosen),), "meta")
+
+
+# --- everything at once
+
+
+class GeneratorMachine(RuleBasedStateMachine):
+    """Requests come, run, fail and are cancelled in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = MockModel(tokenizer=TOKENIZER, eos_ids=[0, 1])
+        self.gen = generator(self.model, max_tokens=48, max_batch=3, max_step_tokens=7)
+        self.jobs: dict[int, tuple[Job, list[int], SamplingParams]] = {}
+        self.texts: dict[int, str] = {}
+
+    @rule(prompt=st.lists(st.integers(0, 60), min_size=1, max_size=20), one=params)
+    def submit(self, prompt: list[int], one: SamplingParams) -> None:
+        job = self.gen.submit(prompt, one)
+        self.jobs[job.id] = (job, prompt, one)
+        self.texts[job.id] = ""
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.jobs:
+            self.jobs[data.draw(st.sampled_from(sorted(self.jobs)))][0].cancel()
+
+    @rule()
+    def step(self) -> None:
+        for event in self.gen.step():
+            self.texts[event.job] += event.text
+            if event.completion is not None:
+                self.check(event.job, event.completion)
+
+    @rule()
+    def fail(self) -> None:
+        if any(not job.finished for job, _, _ in self.jobs.values()):
+            self.model.fail_at = len(self.model.steps)
+            with pytest.raises(RuntimeError, match="on fire"):
+                self.gen.step()
+
+    def check(self, number: int, out: Completion) -> None:
+        job, prompt, one = self.jobs.pop(number)
+        whole = expected(prompt, one, [0, 1])
+        assert job.completion is out
+        assert out.text == self.texts[number]
+        assert list(out.token_ids) == whole[: len(out.token_ids)]
+        if out.finish_reason in ("stop", "length") or isinstance(out.error, NonFiniteLogits):
+            assert len(out.token_ids) == len(whole)
+        if out.finish_reason == "error" and not isinstance(out.error, NonFiniteLogits):
+            assert "on fire" in str(out.error)
+
+    @invariant()
+    def pages_belong_to_running_requests(self) -> None:
+        held = [page for sequence in self.gen.scheduler.running for page in sequence.pages]
+        assert len(held) == len(set(held)) == self.gen.pages.num_used
+
+    def teardown(self) -> None:
+        self.model.fail_at = None
+        for event in drain(self.gen):
+            self.texts[event.job] += event.text
+            if event.completion is not None:
+                self.check(event.job, event.completion)
+        assert not self.jobs
+        assert is_idle(self.gen)
+
+
+TestGeneratorMachine = GeneratorMachine.TestCase
+
+
+def test_mock_depends_on_the_whole_history() -> None:
+    assert not torch.equal(logits_after([1, 2]), logits_after([2, 2]))
+    assert torch.equal(logits_after([1, 2]), logits_after((1, 2)))

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qinfer.cache.paged import PagedKVCache
+from qinfer.engine.generator import Generator
+from qinfer.engine.graphs import GraphRunner, bucket_sizes
+from qinfer.engine.sampling import SamplingParams
+from qinfer.models.batch import Batch, Piece
+from qinfer.models.model import Model
+from tests.models import tiny
+
+WIDTH, PAGE = 3, 16
+
+
+def cache_on(device: str) -> PagedKVCache:
+    return PagedKVCache(num_layers=1, num_pages=4, num_kv_heads=1, head_dim=16, device=device, page_size=PAGE)
+
+
+def unused(batch: Batch, cache: PagedKVCache) -> Tensor:
+    raise AssertionError("the decoder must not run here")
+
+
+def test_bucket_sizes() -> None:
+    assert bucket_sizes(1) == (1,)
+    assert bucket_sizes(8) == (1, 2, 4, 8)
+    assert bucket_sizes(11) == (1, 2, 4, 8, 11)
+    with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
+        bucket_sizes(0)
+
+
+def test_steps_are_padded_to_the_next_bucket() -> None:
+    runner = GraphRunner(unused, cache_on("cpu"), max_batch=11, table_width=WIDTH)
+    assert [runner.bucket(n) for n in (1, 2, 3, 5, 9, 11)] == [1, 2, 4, 8, 11, 11]
+    with pytest.raises(ValueError, match="at most 11 sequences, got 12"):
+        runner.bucket(12)
+
+
+def test_recording_writes_nothing_and_reads_nothing() -> None:
+    runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH)
+    batch = runner._padding(4)
+    assert (batch.slots.tolist(), batch.context_lens.tolist()) == ([-1] * 4, [0] * 4)
+    assert (batch.query_starts.tolist(), batch.logit_rows.tolist()) == ([0, 1, 2, 3, 4], [0, 1, 2, 3])
+    # A step of the same bucket fits over it.
+    step = Batch.build([Piece([5], 0, [1], "last")], page_size=PAGE, device="cpu", pad_to=4, table_width=WIDTH)
+    batch.buffer.copy_(step.buffer)
+    assert batch.token_ids.tolist() == [5, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("pad_to", "width"), [(3, WIDTH), (4, WIDTH + 4)])
+def test_batches_of_another_shape_are_refused(pad_to: int, width: int) -> None:
+    runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH)
+    batch = Batch.build([Piece([5], 0, [1], "last")], page_size=PAGE, device="cpu", pad_to=pad_to, table_width=width)
+    with pytest.raises(ValueError, match="batch must have one token per row"):
+        runner.run(batch)
+
+
+# --- on a GPU
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path: Path = tmp_path_factory.mktemp("graphs") / "llama"
+    tiny.save(path, "llama", dtype=torch.bfloat16)
+    return Model.load(path, device="cuda")
+
+
+class Eager(GraphRunner):
+    """The same padded steps without a graph."""
+
+    def run(self, batch: Batch) -> Tensor:
+        return self._decoder(batch, self._cache)
+
+
+@pytest.mark.gpu
+def test_graph_gives_the_logits_of_the_eager_step_bitwise(model: Model) -> None:
+    caches = [model.new_cache(12, page_size=PAGE) for _ in range(2)]
+    runners = [
+        kind(model.decoder, cache, max_batch=6, table_width=WIDTH)
+        for kind, cache in zip((Eager, GraphRunner), caches, strict=True)
+    ]
+    runners[1].capture_all()
+    assert all(torch.equal(x, y) for x, y in zip(*(cache.pages(0) for cache in caches), strict=True))
+    pages = [[2 * i, 2 * i + 1] for i in range(6)]
+    texts = [tiny.prompt(11 + i, seed=i) for i in range(6)]
+    for cache in caches:
+        pieces = [Piece(text, 0, own, "none") for text, own in zip(texts, pages, strict=True)]
+        model.decoder(Batch.build(pieces, page_size=PAGE, device=model.device), cache)
+    # Numbers of sequences go up and down, so that a bucket sees rows that an earlier step left behind.
+    for step, count in enumerate((1, 6, 3, 5, 2, 4, 1)):
+        pieces = [Piece([7 * step + i], len(texts[i]) + step, pages[i], "last") for i in range(count)]
+        results = []
+        for runner in runners:
+            rows = runner.bucket(count)
+            batch = Batch.build(pieces, page_size=PAGE, device=model.device, pad_to=rows, table_width=WIDTH)
+            results.append(runner.run(batch)[:count].clone())
+        assert torch.isfinite(results[0]).all()
+        assert torch.equal(*results), f"step {step}"
+    for layer in range(model.config.num_layers):
+        assert all(torch.equal(x, y) for x, y in zip(*(cache.pages(layer) for cache in caches), strict=True))
+
+
+@pytest.mark.gpu
+def test_generator_on_graphs_says_the_same(model: Model) -> None:
+    options = {"max_tokens": 512, "page_size": PAGE, "max_batch": 4, "max_step_tokens": 32}
+    texts = [tiny.prompt(length, seed=length) for length in (1, 40, 17, 5, 9)]
+    several = [SamplingParams(temperature=t, seed=3, max_new_tokens=30, ignore_eos=True) for t in (0, 0.8, 0, 1, 0)]
+    with_graphs, eager = Generator(model, **options), Generator(model, **options)
+    assert with_graphs.graphs is not None
+    eager.graphs = Eager(model.decoder, eager.cache, max_batch=4, table_width=with_graphs.graphs.table_width)
+    outs = with_graphs.generate(texts, several)
+    assert outs == eager.generate(texts, several)
+    assert outs == with_graphs.generate(texts, several)
+    assert [out.finish_reason for out in outs] == ["length"] * 5
+    assert with_graphs.pages.num_used == 0

@@ -1,0 +1,103 @@
+from collections import Counter
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from qinfer.engine.pages import PageTable
+from qinfer.errors import OutOfPages
+
+
+def test_allocation_is_all_or_nothing() -> None:
+    table = PageTable(4, 16)
+    first = table.allocate(3)
+    with pytest.raises(OutOfPages, match="2 pages wanted, 1 of 4 are free"):
+        table.allocate(2)
+    assert (table.num_free, table.num_used) == (1, 3)
+    assert sorted(first + table.allocate(1)) == [0, 1, 2, 3]
+
+
+def test_shared_page_returns_with_its_last_reference() -> None:
+    table = PageTable(2, 16)
+    (page,) = table.allocate(1)
+    table.share(page)
+    table.free([page])
+    assert table.references(page) == 1
+    assert table.num_free == 1
+    table.free([page])
+    assert table.num_free == 2
+
+
+def test_double_free_changes_nothing() -> None:
+    table = PageTable(3, 16)
+    first, second = table.allocate(2)
+    with pytest.raises(ValueError, match=f"page {second} has 1 references and cannot be freed 2 times"):
+        table.free([first, second, second])
+    assert table.num_used == 2
+    table.free([first])
+    with pytest.raises(ValueError, match="cannot be freed"):
+        table.free([first])
+
+
+def test_free_pages_and_strangers_cannot_be_shared() -> None:
+    table = PageTable(3, 16)
+    with pytest.raises(ValueError, match="page 1 is free"):
+        table.share(1)
+    for page in (-1, 3):
+        with pytest.raises(ValueError, match=r"page must be in 0\.\.2"):
+            table.share(page)
+
+
+def test_pages_for_rounds_up() -> None:
+    table = PageTable(3, 16)
+    assert [table.pages_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("sizes", [(0, 16), (4, 0)])
+def test_bad_sizes(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        PageTable(*sizes)
+
+
+class PageMachine(RuleBasedStateMachine):
+    """Owners take, share and return pages; the table must agree with a plain list of who holds what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = PageTable(6, 4)
+        self.owners: list[list[int]] = []
+
+    @rule(count=st.integers(0, 8))
+    def allocate(self, count: int) -> None:
+        held = {page for owner in self.owners for page in owner}
+        if count > 6 - len(held):
+            with pytest.raises(OutOfPages):
+                self.table.allocate(count)
+            return
+        pages = self.table.allocate(count)
+        assert len(set(pages)) == count
+        assert not held & set(pages)
+        self.owners.append(pages)
+
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        if self.owners:
+            pages = list(data.draw(st.sampled_from(self.owners)))
+            for page in pages:
+                self.table.share(page)
+            self.owners.append(pages)
+
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        if self.owners:
+            owner = self.owners.pop(data.draw(st.integers(0, len(self.owners) - 1)))
+            self.table.free(owner)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        counts = Counter(page for owner in self.owners for page in owner)
+        assert [self.table.references(page) for page in range(6)] == [counts[page] for page in range(6)]
+        assert self.table.num_used == len(counts)
+
+
+TestPageMachine = PageMachine.TestCase

@@ -1,0 +1,63 @@
+"""The engine on a real decoder: a tiny random model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qinfer.engine.generator import Generator
+from qinfer.engine.sampling import SamplingParams
+from qinfer.errors import NonFiniteLogits
+from qinfer.models.model import Model
+from tests.models import tiny
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
+LENGTHS = (1, 37, 16, 5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path: Path = tmp_path_factory.mktemp("engine") / "qwen3"
+    tiny.save(path, "qwen3", head_dim=16)
+    return Model.load(path, device="cpu")
+
+
+def by_hand(model: Model, prompt: list[int]) -> tuple[int, ...]:
+    """Greedy tokens from the logits of the whole text, computed afresh for every token."""
+    ids = list(prompt)
+    for _ in range(GREEDY.max_new_tokens):
+        ids.append(int(model.logits(ids)[-1].argmax()))
+    return tuple(ids[len(prompt) :])
+
+
+@pytest.mark.parametrize(("max_batch", "max_step_tokens"), [(1, 1), (4, 7), (4, 2048)])
+def test_greedy_tokens_are_those_of_the_logits(model: Model, max_batch: int, max_step_tokens: int) -> None:
+    gen = Generator(
+        model, kv_format="fp32", max_tokens=256, page_size=16, max_batch=max_batch, max_step_tokens=max_step_tokens
+    )
+    texts = [tiny.prompt(length, seed=length) for length in LENGTHS]
+    outs = gen.generate(texts, GREEDY)
+    assert [out.token_ids for out in outs] == [by_hand(model, text) for text in texts]
+    assert gen.pages.num_used == 0
+
+
+def test_seeded_request_is_the_same_alone_and_in_a_batch(model: Model) -> None:
+    gen = Generator(model, kv_format="fp32", max_tokens=256, page_size=16)
+    texts = [tiny.prompt(length, seed=length) for length in LENGTHS]
+    several = [SamplingParams(seed=i, top_p=0.95, top_k=i * 20, max_new_tokens=12) for i in range(4)]
+    assert gen.generate(texts, several) == [gen.generate(text, one) for text, one in zip(texts, several, strict=True)]
+
+
+def test_one_bad_embedding_ends_one_request(model: Model, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "bad", "llama")
+    broken = Model.load(tmp_path / "bad", device="cpu")
+    # A checkpoint with NaN does not load, so it is put in afterwards.
+    broken.decoder.embedding.table[7] = torch.nan
+    gen = Generator(broken, max_tokens=128, page_size=16)
+    good = [8, 9, 10]
+    alone = gen.generate(good, GREEDY)
+    outs = gen.generate([[8, 7], good, [7]], GREEDY)
+    assert [out.finish_reason for out in outs] == ["error", "length", "error"]
+    assert isinstance(outs[0].error, NonFiniteLogits)
+    # The pages that held NaN serve the next request.
+    assert outs[1] == alone == gen.generate(good, GREEDY)
