@@ -1,0 +1,1 @@
+"""`python -m qinfer.bench`: measurements, each beside the ceiling of the device that it ran on."""

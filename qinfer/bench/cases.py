@@ -1,0 +1,376 @@
+"""Arguments for every op at the shapes of real models: what is compiled ahead of time, tested on GPUs and timed.
+
+A case makes its arguments on demand. `fill="empty"` leaves tensors uninitialized, so that on a CPU no page of memory
+is touched and shapes of any size are free; `fill="random"` makes valid data (permutations, page tables, codes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, product, starmap
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qinfer.kernels.operand import TILE_K, DenseOperand, PlaneOperand
+
+Fill = Literal["empty", "random"]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+PAGE_SIZE = 256
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+HALVES = {"fp16": FP16, "bf16": BF16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op with one set of arguments."""
+
+    op: str
+    name: str
+    make: Callable[[torch.device, Fill], Arguments]
+    compiled: bool = True  # False: CI need not compile it; its kernels differ little from another case's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+
+    @property
+    def qkv(self) -> int:
+        """Columns of the merged query, key and value projection."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+LLAMA = Shape("llama-3.1-8b", 4096, 32, 8, 128, 14336, 128256)
+QWEN = Shape("qwen2-7b", 3584, 28, 4, 128, 18944, 152064)
+TINY = Shape("storyteller", 256, 8, 2, 32, 768, 2048)
+SHAPES = (LLAMA, QWEN, TINY)
+TOKENS = (1, 16, 2048)  # one token, a decode batch, a chunk of a prompt
+
+
+@dataclass(frozen=True)
+class Run:
+    """A number of tokens through a model in one element type."""
+
+    shape: Shape
+    tokens: int
+    half: str
+
+    @property
+    def name(self) -> str:
+        """The name of the cases."""
+        return f"{self.shape.name} T={self.tokens} {self.half}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of activations and weights."""
+        return HALVES[self.half]
+
+    @property
+    def compiled(self) -> bool:
+        """One element type of a wide model and the other of a narrow one are enough for CI."""
+        return (self.shape.name, self.half) in ((LLAMA.name, "fp16"), (TINY.name, "bf16"))
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes tensors on one device, all uninitialized or all valid."""
+
+    device: torch.device
+    fill: Fill
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Standard normal numbers."""
+        tensor = self._empty(*shape, dtype=dtype)
+        return tensor.normal_() if self.fill == "random" else tensor
+
+    def integers(self, *shape: int, low: int = 0, high: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Integers in [low, high)."""
+        tensor = self._empty(*shape, dtype=dtype)
+        return tensor.random_(low, high) if self.fill == "random" else tensor
+
+    def permutation(self, n: int, *, wanted: bool = True) -> Tensor | None:
+        """A random order of n features as int32; None when none is wanted."""
+        if not wanted:
+            return None
+        if self.fill == "empty":
+            return self._empty(n, dtype=torch.int32)
+        return torch.randperm(n, device=self.device, dtype=torch.int32)
+
+    def steps(self, values: list[int]) -> Tensor:
+        """Given int32 values."""
+        if self.fill == "empty":
+            return self._empty(len(values), dtype=torch.int32)
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def heads(self, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as strided views of a merged projection."""
+        qkv = self.normal(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)
+        q, k, v = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        return q, k, v
+
+    def pages(self, shape: Shape, num_pages: int, dtype: torch.dtype) -> Tensor:
+        """One layer's page pool for keys or for values."""
+        return self.normal(num_pages, shape.kv_heads, PAGE_SIZE, shape.head_dim, dtype=dtype)
+
+    def planes(self, matrix: Matrix, stored: Stored, dtype: torch.dtype) -> PlaneOperand:
+        """A 4-bit matrix with scales in dtype."""
+        k, n = matrix.k, matrix.n
+        tiles = -(-k // TILE_K)
+        group_size = tiles * TILE_K if stored.group_size == -1 else stored.group_size
+        groups = -(-k // group_size)
+        codes = self.integers(tiles, n, 32, low=-(2**15), high=2**15, dtype=torch.int16)
+        offsets = None if stored.sym else self.integers(groups, n, low=-8, high=8, dtype=torch.int8)
+        scales = self.normal(groups, n, dtype=dtype)
+        if self.fill == "random":
+            scales.abs_().mul_(k**-0.5 / 4)  # products of standard normal inputs stay near one
+        return PlaneOperand((codes,), scales, offsets, 4, group_size, k, self.permutation(k, wanted=stored.order))
+
+
+CASES: list[Case] = []
+
+
+def case(op: str, name: str, *, compiled: bool = True) -> Callable[[Callable[[Maker], Arguments]], None]:
+    """Register the function below as a case of an op."""
+
+    def register(make: Callable[[Maker], Arguments]) -> None:
+        CASES.append(Case(op, name, lambda device, fill: make(Maker(device, fill)), compiled))
+
+    return register
+
+
+def _norm_cases(run: Run, *, order: bool) -> None:
+    """RMSNorm of the residual, alone and fused with the addition."""
+    name, s, d = f"{run.name}{' order' if order else ''}", run.shape, run.dtype
+
+    @case("rmsnorm", name, compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        x, weight = m.normal(run.tokens, s.hidden, dtype=FP32), m.normal(s.hidden, dtype=d)
+        return (x, weight), {"eps": 1e-5, "out_dtype": d, "order": m.permutation(s.hidden, wanted=order)}
+
+    @case("add_rmsnorm", name, compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        residual, delta = (m.normal(run.tokens, s.hidden, dtype=FP32) for _ in range(2))
+        keywords = {"eps": 1e-5, "out_dtype": d, "order": m.permutation(s.hidden, wanted=order)}
+        return (residual, delta, m.normal(s.hidden, dtype=d)), keywords
+
+
+def _head_cases(run: Run) -> None:
+    """What happens to heads inside a merged projection: normalization and the write to the cache."""
+    s, d = run.shape, run.dtype
+
+    @case("rmsnorm", f"{run.name} query heads", compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        return (m.heads(s, run.tokens, d)[0], m.normal(s.head_dim, dtype=d)), {"eps": 1e-6}
+
+    @case("kv_write", run.name, compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        _q, k, v = m.heads(s, run.tokens, d)
+        slots = m.permutation(16 * PAGE_SIZE)
+        assert slots is not None
+        return (k, v, m.pages(s, 16, d), m.pages(s, 16, d), slots[: run.tokens]), {}
+
+
+def _rope_case(run: Run, *, interleaved: bool, part: int) -> None:
+    """Rotation of one part of every head: 1 all of it, 2 half of it."""
+    style = f"{'interleaved' if interleaved else 'halves'}{' partial' if part > 1 else ''}"
+
+    @case("rope", f"{run.name} {style}", compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        q, k, _v = m.heads(run.shape, run.tokens, run.dtype)
+        cos, sin = (m.normal(8192, run.shape.head_dim // part // 2, dtype=FP32) for _ in range(2))
+        return (q, k, cos, sin, m.integers(run.tokens, high=8192)), {"interleaved": interleaved}
+
+
+def _gather_cases(run: Run) -> None:
+    """Embedding rows and reordered columns."""
+    s, d = run.shape, run.dtype
+
+    @case("gather_rows", run.name, compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        table, ids = m.normal(s.vocabulary, s.hidden, dtype=d), m.integers(run.tokens, high=s.vocabulary)
+        return (table, ids), {"out_dtype": FP32}
+
+    @case("gather_columns", run.name, compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        return (m.normal(run.tokens, s.hidden, dtype=d), m.permutation(s.hidden)), {}
+
+
+def _silu_mul_case(run: Run, *, order: bool) -> None:
+    @case("silu_mul", f"{run.name}{' order' if order else ''}", compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        gate_up = m.normal(run.tokens, 2 * run.shape.mlp, dtype=run.dtype)
+        return (gate_up,), {"order": m.permutation(run.shape.mlp, wanted=order)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step does: the new tokens of each sequence, and the context length of all of them."""
+
+    name: str
+    queries: tuple[int, ...]
+    context: int
+    compiled: bool = True
+
+
+STEPS = (
+    Step("decode B=1 context=512", (1,), 512),
+    Step("decode B=1 context=8192", (1,), 8192, compiled=False),
+    Step("decode B=16 context=1024", (1,) * 16, 1024, compiled=False),
+    Step("draft B=4 context=1024", (5,) * 4, 1024),
+    Step("prefill T=2048", (2048,), 2048),
+    Step("mixed T=519", (512, *(1,) * 7), 4096, compiled=False),
+)
+
+
+def _attention_case(s: Shape, half: str, step: Step, *, window: int | None, order: bool) -> None:
+    """Attention of one step; every sequence has pages of its own, anywhere in the pool."""
+    name = f"{s.name} {step.name} {half}{f' window={window}' if window else ''}{' order' if order else ''}"
+    d, width, batch = HALVES[half], -(-step.context // PAGE_SIZE), len(step.queries)
+
+    compiled = step.compiled and (half == "fp16") == (s is LLAMA)
+
+    @case("paged_attention", name, compiled=compiled)
+    def _(m: Maker) -> Arguments:
+        table = m.permutation(width * batch)
+        assert table is not None
+        starts = [0, *accumulate(step.queries)]
+        q = m.normal(starts[-1], s.heads, s.head_dim, dtype=d)
+        k_pages, v_pages = m.pages(s, width * batch, d), m.pages(s, width * batch, d)
+        tables = (table.view(batch, width), m.steps(starts), m.steps([step.context] * batch))
+        keywords = {"max_query_len": max(step.queries), "scale": s.head_dim**-0.5, "window": window}
+        return (q, k_pages, v_pages, *tables), {**keywords, "order": m.permutation(q[0].numel(), wanted=order)}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a 4-bit matrix is stored."""
+
+    name: str
+    group_size: int = 128
+    sym: bool = True
+    order: bool = False
+
+
+G128 = Stored("g128")
+OTHERS = (
+    Stored("g128 asym", sym=False),
+    Stored("g32", group_size=32),
+    Stored("g64 asym", group_size=64, sym=False),
+    Stored("one group", group_size=-1),
+    Stored("g128 order", order=True),
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A projection of a model: its sizes, and whether it writes into the fp32 residual stream or adds a bias."""
+
+    name: str
+    k: int
+    n: int
+    residual: bool = False
+    bias: bool = False
+
+
+def matrices(s: Shape) -> tuple[Matrix, ...]:
+    """Return the four merged projections of a block."""
+    return (
+        Matrix(f"{s.name} qkv", s.hidden, s.qkv, bias=s is QWEN),
+        Matrix(f"{s.name} o", s.heads * s.head_dim, s.hidden, residual=True),
+        Matrix(f"{s.name} gate_up", s.hidden, 2 * s.mlp),
+        Matrix(f"{s.name} down", s.mlp, s.hidden, residual=True),
+    )
+
+
+def _matmul_case(matrix: Matrix, stored: Stored, t: int, half: str, *, compiled: bool) -> None:
+    name = f"{matrix.name} T={t} {half} {stored.name}{' bias' if matrix.bias else ''}"
+
+    @case("matmul", name, compiled=compiled)
+    def _(m: Maker) -> Arguments:
+        d = HALVES[half]
+        bias = m.normal(matrix.n, dtype=d) if matrix.bias else None
+        keywords = {"bias": bias, "out_dtype": FP32 if matrix.residual else None}
+        return (m.normal(t, matrix.k, dtype=d), m.planes(matrix, stored, d)), keywords
+
+
+def _dense_head_case(run: Run) -> None:
+    s, d = run.shape, run.dtype
+
+    @case("matmul", f"{run.name} dense head", compiled=False)  # a library's product
+    def _(m: Maker) -> Arguments:
+        operand = DenseOperand(m.normal(s.vocabulary, s.hidden, dtype=d))
+        return (m.normal(run.tokens, s.hidden, dtype=d), operand), {"out_dtype": FP32}
+
+
+def _dequantize_case(matrix: Matrix, stored: Stored, half: str) -> None:
+    @case("dequantize", f"{matrix.name} {half} {stored.name}")
+    def _(m: Maker) -> Arguments:
+        operand = m.planes(matrix, stored, HALVES[half])
+        return (operand.planes[0], operand), {"dtype": HALVES[half]}
+
+
+def _packing_cases(matrix: Matrix) -> None:
+    """Codes to stored words and back, as a checkpoint is loaded."""
+    k, n = matrix.k, matrix.n
+
+    @case("pack_planes", matrix.name)
+    def _(m: Maker) -> Arguments:
+        return (m.integers(k, n, high=16, dtype=torch.uint8),), {"bits": 4}
+
+    @case("unpack_planes", matrix.name)
+    def _(m: Maker) -> Arguments:
+        planes = m.integers(-(-k // TILE_K), n, 32, low=-(2**15), high=2**15, dtype=torch.int16)
+        return (planes,), {"bits": 4, "in_features": k}
+
+    @case("pack_4bit", matrix.name)
+    def _(m: Maker) -> Arguments:
+        return (m.integers(k, n, high=16, dtype=torch.uint8),), {}
+
+    @case("unpack_4bit", matrix.name)
+    def _(m: Maker) -> Arguments:
+        return (m.integers(k, n // 8, low=-(2**31), high=2**31 - 1),), {}
+
+
+def _register() -> None:
+    """Fill `CASES`."""
+    for run in starmap(Run, product(SHAPES, TOKENS, HALVES)):
+        for make in (_head_cases, _gather_cases, _dense_head_case):
+            make(run)
+        for order in (False, True):
+            _norm_cases(run, order=order)
+            _silu_mul_case(run, order=order)
+        for interleaved, part in ((False, 1), (True, 1), (False, 2)):
+            _rope_case(run, interleaved=interleaved, part=part)
+    for s, half, step in product(SHAPES, HALVES, STEPS):
+        for window, order in ((None, False), (None, True), (512, False)):
+            _attention_case(s, half, step, window=window, order=order)
+    for s, t, half in product(SHAPES, (1, 4, 16, 64, 2048), HALVES):
+        for matrix in matrices(s):
+            compiled = Run(s, t, half).compiled or (matrix.bias and half == "bf16")
+            _matmul_case(matrix, G128, t, half, compiled=compiled)
+    qkv, _o, _gate_up, down = matrices(LLAMA)
+    for stored, half, t in product(OTHERS, HALVES, TOKENS):
+        _matmul_case(qkv, stored, t, half, compiled=half == "fp16")
+        _matmul_case(down, stored, t, half, compiled=half == "bf16")
+    for stored, half in product((G128, *OTHERS), HALVES):
+        _dequantize_case(down, stored, half)
+    for s in (LLAMA, TINY):
+        _packing_cases(matrices(s)[-1])
+
+
+_register()

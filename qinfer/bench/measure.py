@@ -1,0 +1,153 @@
+"""Clocks and ceilings: how a function is timed on a device, and how fast that device reads memory."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qinfer.env import settings
+from qinfer.kernels.device import num_sms
+
+READ_BYTES = 4 << 30  # far beyond any cache
+READ_BYTES_CPU = 256 << 20
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of repeated runs."""
+
+    samples: tuple[float, ...]
+
+    def quantile(self, q: float) -> float:
+        """Return the q-quantile, 0 <= q <= 1, of the samples."""
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+    @property
+    def median(self) -> float:
+        """The median in milliseconds."""
+        return statistics.median(self.samples)
+
+    def asdict(self) -> dict[str, float]:
+        """Return median, p10 and p90 in milliseconds."""
+        return {"median": self.median, "p10": self.quantile(0.1), "p90": self.quantile(0.9)}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(function: Callable[[], Any], device: torch.device, *, repeats: int, warmup: int = 3) -> Times:
+    """Time a function from call to finished work, on the host's clock."""
+    for _ in range(warmup):
+        function()
+    samples = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        samples.append((time.perf_counter() - start) * 1e3)
+    return Times(tuple(samples))
+
+
+def time_graph(functions: Sequence[Callable[[], Any]], device: torch.device, *, repeats: int = 20) -> Times:
+    """Time a chain of kernels replayed as one CUDA graph, in milliseconds per function.
+
+    The functions should touch different buffers, together larger than the cache, so that none is measured from it.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in functions:
+            function()
+    samples = []
+    for i in range(repeats + 3):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        if i >= 3:
+            samples.append(start.elapsed_time(stop) / len(functions))
+    return Times(tuple(samples))
+
+
+@triton.jit
+def _read_kernel(p_x, p_out, num_blocks, BLOCK: tl.constexpr):
+    i_program = tl.program_id(0)
+    b_sum = tl.zeros([BLOCK], tl.int32)
+    for i_block in tl.range(i_program, num_blocks, tl.num_programs(0), num_stages=4):
+        b_sum += tl.load(p_x + i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(p_out + i_program, tl.sum(b_sum))
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Measure how fast the device reads memory, in GB/s: median time of sums over far more data than caches hold."""
+    if device.type != "cuda":
+        data = torch.randint(-9, 9, (READ_BYTES_CPU // 4,), dtype=torch.int32)
+        return data.nbytes / time_calls(data.sum, device, repeats=10).median / 1e6
+    data = torch.randint(-9, 9, (READ_BYTES // 4,), dtype=torch.int32, device=device)
+    best = 0.0
+    for block, per_sm in ((4096, 8), (8192, 4), (8192, 2)):
+        programs = num_sms(device) * per_sm
+        out = torch.empty(programs, dtype=torch.int32, device=device)
+
+        def read(block: int = block, programs: int = programs, out: Tensor = out) -> None:
+            _read_kernel[(programs,)](data, out, data.numel() // block, BLOCK=block, num_warps=8)
+
+        best = max(best, data.nbytes / time_graph([read], device).median / 1e6)
+    return best
+
+
+def revision() -> str:
+    """Return QINFER_REVISION, else the git revision of the code ('+': the work tree differs), else 'unknown'."""
+    if given := settings().revision:
+        return given
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what a figure depends on besides the code: device, versions, revision."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "gpu": name,
+        "device": device.type,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "revision": revision(),
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,132 @@
+"""`python -m qinfer.bench model`: decode and prefill speed of a whole model, beside the memory roof of its device."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
+from qinfer.bench.report import emit
+from qinfer.bench.synthetic import PRESETS, WEIGHTS, synthetic_model
+from qinfer.engine.generator import Generator, Job
+from qinfer.engine.sampling import SamplingParams
+from qinfer.kernels.device import default_device
+from qinfer.models.batch import Batch, Piece
+from qinfer.models.model import Model
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the command line of this benchmark."""
+    parser = programs.add_parser("model", help="decode and prefill speed of a whole model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="folder of a checkpoint")
+    source.add_argument("--preset", choices=PRESETS, help="shapes of a known model, with random weights")
+    parser.add_argument("--weights", choices=WEIGHTS, default="gptq-4bit-g128", help="of a preset")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at a time; default: 1")
+    parser.add_argument("--context", type=int, default=512, help="tokens in front of the first new one; default: 512")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence; default: 128")
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill measurement; default: 2048")
+    parser.add_argument("--kv-format", default="fp16", help="of the cache; default: fp16")
+    parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--json", metavar="FILE", help="append the result to FILE as a line of JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print and write."""
+    device = torch.device(options.device) if options.device else default_device()
+    if options.model:
+        model, weights = Model.load(options.model, device=device), "checkpoint"
+    else:
+        model, weights = synthetic_model(options.preset, options.weights, device), options.weights
+    bandwidth = read_bandwidth(device)
+    steps = _decode(model, options)
+    bytes_per_step = _bytes_per_step(model, options)
+    prefill = _prefill(model, min(options.prefill, model.config.max_positions))
+    result = {
+        "bench": "model",
+        "model": options.model or options.preset,
+        "weights": weights,
+        "kv_format": options.kv_format,
+        "batch": options.batch,
+        "context": options.context,
+        "new_tokens": options.new_tokens,
+        "tokens_per_second": options.batch / steps.median * 1e3,
+        "ms_per_step": steps.asdict(),
+        "bytes_per_step": bytes_per_step,
+        "read_bandwidth_gb_s": bandwidth,
+        "fraction_of_roof": bytes_per_step / (bandwidth * 1e9) / (steps.median / 1e3),
+        "prefill_tokens": min(options.prefill, model.config.max_positions),
+        "prefill_tokens_per_second": min(options.prefill, model.config.max_positions) / prefill.median * 1e3,
+        "prefill_ms": prefill.asdict(),
+        **environment(device),
+    }
+    emit(result, options.json)
+    return 0
+
+
+def _decode(model: Model, options: argparse.Namespace) -> Times:
+    """Time the steps of a generator that only decodes: scheduling, sampling and the transfer of ids included."""
+    pages = -(-(options.context + options.new_tokens) // 256) * options.batch
+    generator = Generator(
+        model, kv_format=options.kv_format, max_tokens=pages * 256, max_batch=options.batch, page_size=256
+    )
+    params = SamplingParams(temperature=0.0, max_new_tokens=options.new_tokens, ignore_eos=True)
+    rng = random.Random(0)
+    jobs = [
+        generator.submit([rng.randrange(model.config.vocab_size) for _ in range(options.context)], params)
+        for _ in range(options.batch)
+    ]
+    return time_steps(generator, jobs)
+
+
+def time_steps(generator: Generator, jobs: Sequence[Job]) -> Times:
+    """Time steps in which all submitted requests decode, up to the first that ends one."""
+    # Prompts are processed, and graphs recorded, before the clock counts.
+    while any(len(job.sequence.generated) < 3 for job in jobs):
+        generator.step()
+    samples = []
+    while not any(job.finished for job in jobs):
+        synchronize(generator.model.device)
+        start = time.perf_counter()
+        generator.step()
+        samples.append((time.perf_counter() - start) * 1e3)
+    return Times(tuple(samples))
+
+
+def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
+    """Count what a decode step must read.
+
+    Every matrix and norm once; per sequence one row of the embedding, and the cache at the middle of the contexts.
+    """
+    config, decoder = model.config, model.decoder
+    weights: int = sum(linear.nbytes for linear in decoder.linears())
+    table, *norms = decoder.tensors()
+    cache = model.new_cache(1, kv_format=options.kv_format)
+    middle = options.context + options.new_tokens // 2
+    per_token: int = cache.format.nbytes_per_token(config.num_kv_heads, config.head_dim)
+    per_sequence: int = table[0].nbytes + config.num_layers * middle * per_token
+    batch: int = options.batch
+    return weights + sum(norm.nbytes for norm in norms) + batch * per_sequence
+
+
+def _prefill(model: Model, tokens: int) -> Times:
+    """Time one prompt from its ids on the host to its last logits."""
+    cache = model.new_cache(-(-tokens // 256))
+    rng = random.Random(1)
+    ids = [rng.randrange(model.config.vocab_size) for _ in range(tokens)]
+
+    def prefill() -> Tensor:
+        piece = Piece(ids, 0, range(cache.num_pages), "last")
+        return model.decoder(Batch.build([piece], page_size=256, device=model.device), cache)
+
+    return time_calls(prefill, model.device, repeats=10 if model.device.type == "cuda" else 3)

@@ -1,0 +1,121 @@
+"""Models of known shapes with random weights, made on the device: what a benchmark needs and no download gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from qinfer.errors import UnsupportedError
+from qinfer.kernels.operand import TILE_K, DenseOperand, PlaneOperand
+from qinfer.models.config import ModelConfig, RopeConfig
+from qinfer.models.decoder import Decoder
+from qinfer.models.layers import Linear
+from qinfer.models.model import Model
+from qinfer.parallel.comm import Alone
+
+
+def _llama(vocab: int, hidden: int, layers: int, heads: tuple[int, int, int], mlp: int) -> ModelConfig:
+    """Spell out a Llama config from its sizes; heads are (query, key-value, features)."""
+    num_heads, num_kv_heads, head_dim = heads
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        mlp_size=mlp,
+        norm_eps=1e-5,
+        rope=RopeConfig(kind="default", theta=5e5, rotary_dim=head_dim),
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tied_embeddings=False,
+        windows=(None,) * layers,
+        max_positions=131072,
+        eos_ids=frozenset(),
+        dtype="float16",
+    )
+
+
+def _qwen3(vocab: int, hidden: int, layers: int, heads: tuple[int, int, int], mlp: int) -> ModelConfig:
+    """Spell out a Qwen3 config from its sizes."""
+    rope = RopeConfig(kind="default", theta=1e6, rotary_dim=heads[2])
+    return replace(_llama(vocab, hidden, layers, heads, mlp), model_type="qwen3", qk_norm=True, rope=rope)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "llama-3.2-1b": replace(_llama(128256, 2048, 16, (32, 8, 64), 8192), tied_embeddings=True),
+    "llama-3.1-8b": _llama(128256, 4096, 32, (32, 8, 128), 14336),
+    "qwen3-8b": _qwen3(151936, 4096, 36, (32, 8, 128), 12288),
+    "qwen3-32b": _qwen3(151936, 5120, 64, (64, 8, 128), 25600),
+    "llama-3.3-70b": _llama(128256, 8192, 80, (64, 8, 128), 28672),
+}
+
+
+@dataclass(frozen=True)
+class SyntheticParameters:
+    """Random parameters whose activations keep about unit size, as those of a trained model do."""
+
+    device: torch.device
+    dtype: torch.dtype
+    matrix: Callable[[SyntheticParameters, int, int], DenseOperand | PlaneOperand]
+
+    def linear(self, name: str, shape: tuple[int, int], *, has_bias: bool) -> Linear:
+        """Make a random matrix (K, N)."""
+        bias = torch.zeros(shape[1], dtype=self.dtype, device=self.device) if has_bias else None
+        return Linear(self.matrix(self, *shape), bias)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Make a norm's weight of ones, or a random embedding."""
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def dense(self, k: int, n: int) -> DenseOperand:
+        """Make a matrix in the dtype of the activations."""
+        return DenseOperand(torch.randn(n, k, dtype=self.dtype, device=self.device) * k**-0.5)
+
+    def gptq_4bit_g128(self, k: int, n: int) -> PlaneOperand:
+        """Make a symmetric 4-bit matrix with fp16 scales per 128 inputs."""
+        tiles = ceil(k / TILE_K)
+        planes = torch.randint(-(2**15), 2**15, (tiles, n, 32), dtype=torch.int16, device=self.device)
+        # Codes are uniform over -8..7, whose standard deviation is 4.6.
+        scales = (torch.rand(tiles, n, device=self.device) * 0.5 + 0.75) * (k**-0.5 / 4.6)
+        return PlaneOperand((planes,), scales.half(), None, bits=4, group_size=TILE_K, in_features=k)
+
+
+WEIGHTS: dict[str, tuple[torch.dtype, Callable[[SyntheticParameters, int, int], DenseOperand | PlaneOperand]]] = {
+    "gptq-4bit-g128": (torch.float16, SyntheticParameters.gptq_4bit_g128),
+    "fp16": (torch.float16, SyntheticParameters.dense),
+    "bf16": (torch.bfloat16, SyntheticParameters.dense),
+}
+
+
+def synthetic_model(preset: str, weights: str, device: torch.device) -> Model:
+    """Make a model of a preset's shapes with random weights.
+
+    Args:
+        preset: a name in PRESETS.
+        weights: a name in WEIGHTS; the head is quantized like the rest, the embedding is not.
+        device: where the model is made.
+
+    Raises:
+        UnsupportedError: there is no such preset, or no such kind of weights.
+    """
+    if preset not in PRESETS:
+        raise UnsupportedError(f"there is no preset {preset!r}; these work: {', '.join(PRESETS)}")
+    if weights not in WEIGHTS:
+        raise UnsupportedError(f"there are no synthetic weights {weights!r}; these work: {', '.join(WEIGHTS)}")
+    config, (dtype, matrix) = PRESETS[preset], WEIGHTS[weights]
+    dtype = dtype if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    parameters = SyntheticParameters(device, dtype, matrix)
+    decoder = Decoder.build(config, parameters, device=device, dtype=dtype, comm=Alone())
+    return Model(config, decoder, device=device, dtype=dtype)

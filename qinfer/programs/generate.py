@@ -1,0 +1,87 @@
+"""`qinfer generate PROMPT`: stream a completion to the terminal as its text appears."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from qinfer.assets import STORYTELLER
+from qinfer.cache.formats import KV_FORMATS
+from qinfer.engine.generator import Completion, Generator
+from qinfer.engine.sampling import SamplingParams
+from qinfer.models.model import Model
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+DEFAULT_PROMPT = "Once upon a time"
+
+
+def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the command line of this program."""
+    parser = programs.add_parser(
+        "generate",
+        help="stream a completion of a prompt",
+        description="Stream a completion of a prompt. Without --model the package's small story-telling model runs.",
+    )
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
+    parser.add_argument("-p", "--prompt", help="the same as the argument PROMPT")
+    parser.add_argument("-m", "--model", metavar="DIR", help="folder of a checkpoint")
+    parser.add_argument("-n", "--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument("-t", "--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default: 0.7")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of mass P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens above P times the likeliest")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=f"of the cache: {', '.join(KV_FORMATS)}")
+    parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load, stream, and report the speed on standard error."""
+    if options.text is not None and options.prompt is not None:
+        raise ValueError("give the prompt either as the argument or with --prompt, not both")
+    prompt = next((text for text in (options.text, options.prompt) if text is not None), DEFAULT_PROMPT)
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        stop=tuple(options.stop),
+    )
+    model = Model.load(options.model or STORYTELLER, device=options.device, dtype=options.dtype)
+    if model.tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.json, which a text prompt needs")
+    max_tokens = len(model.tokenizer.encode(prompt)) + params.max_new_tokens
+    generator = Generator(model, kv_format=options.kv_format, max_tokens=max_tokens, max_batch=1)
+    print(prompt, end="", flush=True)
+    start = time.perf_counter()
+    first = completion = None
+    for event in generator.stream(prompt, params):
+        first = first or time.perf_counter()
+        print(event.text, end="", flush=True)
+        completion = event.completion
+    print(flush=True)
+    assert completion is not None
+    assert first is not None
+    print(_speed(completion, first - start, time.perf_counter() - first), file=sys.stderr)
+    if completion.error is not None:
+        raise completion.error
+    return 0
+
+
+def _speed(completion: Completion, prefill_s: float, decode_s: float) -> str:
+    """Say how many tokens came how fast; the first one belongs to the prompt."""
+    new = len(completion.token_ids)
+    decode = f"{(new - 1) / decode_s:.1f} tokens/s" if new > 1 else "no further token"
+    return (
+        f"[{completion.prompt_tokens} prompt tokens, first token after {prefill_s * 1e3:.0f} ms; "
+        f"{new} new tokens, {decode}; finished: {completion.finish_reason}]"
+    )

@@ -1,0 +1,81 @@
+"""The command line, from end to end, on the model inside the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qinfer import Generator, Model, SamplingParams
+from qinfer.__main__ import main
+from qinfer.assets import STORYTELLER
+from qinfer.bench.__main__ import main as bench
+
+PROMPT = "Once upon a time"
+
+
+def test_generate_streams_a_story(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", PROMPT, "--temperature", "0", "--max-new-tokens", "60", "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    model = Model.load(STORYTELLER, device="cpu")
+    completion = Generator(model).generate(PROMPT, SamplingParams(temperature=0, max_new_tokens=60))
+    assert captured.out == PROMPT + completion.text + "\n"
+    assert "tokens/s" in captured.err
+    assert "finished: " in captured.err
+
+
+def test_the_same_seed_tells_the_same_story(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "-p", PROMPT, "--max-new-tokens", "20", "--device", "cpu", "--seed"]
+    stories = []
+    for seed in ("5", "5", "6"):
+        assert main([*arguments, seed]) == 0
+        stories.append(capsys.readouterr().out)
+    assert stories[0] == stories[1] != stories[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["generate", "x", "--model", "/nowhere"], "/nowhere"),
+        (["generate", "x", "--kv-format", "fp7"], "fp16"),
+        (["generate", "x", "--max-new-tokens", "100000"], "1024 positions; lower max_new_tokens"),
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "-p", "y"], "not both"),
+        (["generate", "x", "--device", "tpu"], "'cuda' or 'cpu'"),
+        (["generate", "x", "--dtype", "int3"], "fp16 and bf16 work"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *([] if "--device" in arguments else ["--device", "cpu"])]) == 1
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+
+
+def test_bench_model_writes_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "result.json"
+    arguments = ["model", "--model", str(STORYTELLER), "--batch", "2", "--context", "16", "--new-tokens", "8"]
+    assert bench([*arguments, "--prefill", "32", "--device", "cpu", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert set(result["ms_per_step"]) == {"median", "p10", "p90"}
+    for field in ("tokens_per_second", "bytes_per_step", "read_bandwidth_gb_s", "prefill_tokens_per_second"):
+        assert result[field] > 0, field
+    assert 0 < result["fraction_of_roof"] < 1
+    for field in ("gpu", "torch", "triton", "python", "revision", "date", "kv_format", "weights"):
+        assert result[field], field
+    # Every matrix once, and the cache of both sequences in the middle of the run.
+    model = Model.load(STORYTELLER, device="cpu")
+    matrices = sum(linear.nbytes for linear in model.decoder.linears())
+    config = model.config
+    cache = 2 * config.num_layers * (16 + 4) * 2 * config.num_kv_heads * config.head_dim * 2
+    assert matrices + cache < result["bytes_per_step"] < 1.01 * (matrices + cache)
+    assert "tokens_per_second" in capsys.readouterr().out
+
+
+def test_bench_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench(["model", "--preset", "gpt-5"])
+    assert "llama-3.1-8b" in capsys.readouterr().err
