@@ -241,8 +241,7 @@ def _attention_case(s: Shape, half: str, step: Step, *, window: int | None, orde
     """Attention of one step; every sequence has pages of its own, anywhere in the pool."""
     name = f"{s.name} {step.name} {half}{f' window={window}' if window else ''}{' order' if order else ''}"
     d, width, batch = HALVES[half], -(-step.context // PAGE_SIZE), len(step.queries)
-
-    compiled = step.compiled and (half == "fp16") == (s is LLAMA)
+    compiled = step.compiled and (half == "fp16") == (s is LLAMA) and (window is None or s is LLAMA)
 
     @case("paged_attention", name, compiled=compiled)
     def _(m: Maker) -> Arguments:
@@ -363,10 +362,10 @@ def _register() -> None:
         for matrix in matrices(s):
             compiled = Run(s, t, half).compiled or (matrix.bias and half == "bf16")
             _matmul_case(matrix, G128, t, half, compiled=compiled)
-    qkv, _o, _gate_up, down = matrices(LLAMA)
-    for stored, half, t in product(OTHERS, HALVES, TOKENS):
-        _matmul_case(qkv, stored, t, half, compiled=half == "fp16")
-        _matmul_case(down, stored, t, half, compiled=half == "bf16")
+    qkv, _o, gate_up, down = matrices(LLAMA)
+    for stored, half, t in product(OTHERS, HALVES, (*TOKENS, 64)):
+        _matmul_case(qkv, stored, t, half, compiled=t == 1 and half == "fp16")
+        _matmul_case(gate_up, stored, t, half, compiled=t == 64 and half == "bf16")
     for stored, half in product((G128, *OTHERS), HALVES):
         _dequantize_case(down, stored, half)
     for s in (LLAMA, TINY):

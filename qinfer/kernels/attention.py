@@ -176,7 +176,7 @@ def _paged_attention_kernel(
         b_next = tl.load(p_table + (b_key + BLOCK_N) // PAGE_SIZE, mask=i_tile + 1 < b_tile_stop, other=0)
         o_row = (b_key % PAGE_SIZE + o_n).to(tl.int64)
         o_key = b_key + o_n
-        # Rows of a page beyond the sequence may hold NaN, and 0 * NaN is NaN: neither K nor V may read them.
+        # Rows of a page beyond the sequence may hold NaN, and a probability of 0 times NaN is NaN.
         m_key = o_key < b_stop
         p_k_tile = p_k + b_page.to(tl.int64) * s_k_page + o_row[None, :] * s_k_row + o_d[:, None]
         b_k = tl.load(p_k_tile, mask=m_key[None, :] & m_d[:, None], other=0.0)
@@ -267,13 +267,13 @@ def _tiles(max_query_len: int, group: int, head_dim: int, page_size: int, itemsi
     """
     rows = max_query_len * group
     if itemsize == 4:  # exact fp32 products run on the plain ALUs and keep their operands in registers
-        tiles = _Tiles(16 if group <= 16 else 64, 16, 4 if head_dim <= 128 and group <= 16 else 8, 1)
+        tiles = _Tiles(16 if group <= 16 else 64, 16, 4 if head_dim <= 64 and group <= 16 else 8, 1)
     elif rows <= 16:
         tiles = _Tiles(16, 64 if head_dim <= 128 else 32, 4, 3)
     elif head_dim > 128:
         tiles = _Tiles(64, 16, 8, 3)
-    elif rows <= 64:
-        tiles = _Tiles(64, 32, 4, 3)
+    elif rows <= 64 and group <= 32:
+        tiles = _Tiles(32, 32, 4, 3)
     else:
         tiles = _Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
     # The largest power of two that divides the page size bounds a tile that lies in one page.
