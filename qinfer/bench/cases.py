@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qinfer.kernels.operand import TILE_K, DenseOperand, PlaneOperand
+from qinfer.kernels.operand import FIELDS, SLICE_K, DenseOperand, PlaneOperand, tile_k
 
 Fill = Literal["empty", "random"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -79,8 +79,8 @@ class Run:
 
     @property
     def compiled(self) -> bool:
-        """One element type of a wide model and the other of a narrow one are enough for CI."""
-        return (self.shape.name, self.half) in ((LLAMA.name, "fp16"), (TINY.name, "bf16"))
+        """One element type of a wide model and the other of a narrow one are enough for CI, and several tokens."""
+        return self.tokens > 1 and (self.shape.name, self.half) in ((LLAMA.name, "fp16"), (TINY.name, "bf16"))
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,21 @@ class Maker:
         return self.normal(num_pages, shape.kv_heads, PAGE_SIZE, shape.head_dim, dtype=dtype)
 
     def planes(self, matrix: Matrix, stored: Stored, dtype: torch.dtype) -> PlaneOperand:
-        """A 4-bit matrix with scales in dtype."""
+        """An integer matrix with scales in dtype."""
         k, n = matrix.k, matrix.n
-        tiles = -(-k // TILE_K)
-        group_size = tiles * TILE_K if stored.group_size == -1 else stored.group_size
+        group_size = -(-k // SLICE_K) * SLICE_K if stored.group_size == -1 else stored.group_size
         groups = -(-k // group_size)
-        codes = self.integers(tiles, n, 32, low=-(2**15), high=2**15, dtype=torch.int16)
-        offsets = None if stored.sym else self.integers(groups, n, low=-8, high=8, dtype=torch.int8)
+        planes = tuple(self.words(k, n, width) for width in FIELDS[stored.bits])
+        offsets = None if stored.sym else self.integers(groups, n, low=-2, high=2, dtype=torch.int8)
         scales = self.normal(groups, n, dtype=dtype)
         if self.fill == "random":
-            scales.abs_().mul_(k**-0.5 / 4)  # products of standard normal inputs stay near one
-        return PlaneOperand((codes,), scales, offsets, 4, group_size, k, self.permutation(k, wanted=stored.order))
+            scales.abs_().mul_(k**-0.5 * 4 / 2**stored.bits)  # products of standard normal inputs stay near one
+        order = self.permutation(k, wanted=stored.order)
+        return PlaneOperand(planes, scales, offsets, stored.bits, group_size, k, order)
+
+    def words(self, k: int, n: int, width: int) -> Tensor:
+        """A plane of fields of some width."""
+        return self.integers(-(-k // tile_k(width)), n, SLICE_K, low=-(2**15), high=2**15, dtype=torch.int16)
 
 
 CASES: list[Case] = []
@@ -242,6 +246,7 @@ def _attention_case(s: Shape, half: str, step: Step, *, window: int | None, orde
     name = f"{s.name} {step.name} {half}{f' window={window}' if window else ''}{' order' if order else ''}"
     d, width, batch = HALVES[half], -(-step.context // PAGE_SIZE), len(step.queries)
     compiled = step.compiled and (half == "fp16") == (s is LLAMA) and (window is None or s is LLAMA)
+    compiled = compiled and (not order or step is STEPS[0])
 
     @case("paged_attention", name, compiled=compiled)
     def _(m: Maker) -> Arguments:
@@ -257,9 +262,10 @@ def _attention_case(s: Shape, half: str, step: Step, *, window: int | None, orde
 
 @dataclass(frozen=True)
 class Stored:
-    """How a 4-bit matrix is stored."""
+    """How an integer matrix is stored."""
 
     name: str
+    bits: int = 4
     group_size: int = 128
     sym: bool = True
     order: bool = False
@@ -273,6 +279,7 @@ OTHERS = (
     Stored("one group", group_size=-1),
     Stored("g128 order", order=True),
 )
+WIDTHS = tuple(Stored(f"{bits} bits", bits=bits, sym=bits != 3) for bits in FIELDS if bits != 4)
 
 
 @dataclass(frozen=True)
@@ -327,14 +334,15 @@ def _packing_cases(matrix: Matrix) -> None:
     """Codes to stored words and back, as a checkpoint is loaded."""
     k, n = matrix.k, matrix.n
 
-    @case("pack_planes", matrix.name)
-    def _(m: Maker) -> Arguments:
-        return (m.integers(k, n, high=16, dtype=torch.uint8),), {"bits": 4}
+    for width in (1, 2, 4, 8):
 
-    @case("unpack_planes", matrix.name)
-    def _(m: Maker) -> Arguments:
-        planes = m.integers(-(-k // TILE_K), n, 32, low=-(2**15), high=2**15, dtype=torch.int16)
-        return (planes,), {"bits": 4, "in_features": k}
+        @case("pack_plane", f"{matrix.name} {width} bits")
+        def _(m: Maker, width: int = width) -> Arguments:
+            return (m.integers(k, n, high=1 << width, dtype=torch.uint8),), {"width": width, "padding": 0}
+
+        @case("unpack_plane", f"{matrix.name} {width} bits")
+        def _(m: Maker, width: int = width) -> Arguments:
+            return (m.words(k, n, width),), {"width": width, "in_features": k}
 
     @case("pack_4bit", matrix.name)
     def _(m: Maker) -> Arguments:
@@ -360,16 +368,17 @@ def _register() -> None:
             _attention_case(s, half, step, window=window, order=order)
     for s, t, half in product(SHAPES, (1, 4, 16, 64, 2048), HALVES):
         for matrix in matrices(s):
-            compiled = Run(s, t, half).compiled or (matrix.bias and half == "bf16")
+            compiled = matrix.bias and half == "bf16" if s is QWEN else Run(s, t, half).compiled and t <= s.hidden // 16
             _matmul_case(matrix, G128, t, half, compiled=compiled)
     qkv, _o, gate_up, down = matrices(LLAMA)
     for stored, half, t in product(OTHERS, HALVES, (*TOKENS, 64)):
-        _matmul_case(qkv, stored, t, half, compiled=t == 1 and half == "fp16")
+        _matmul_case(qkv, stored, t, half, compiled=t == 16 and half == "fp16")
         _matmul_case(gate_up, stored, t, half, compiled=t == 64 and half == "bf16")
-    for stored, half in product((G128, *OTHERS), HALVES):
+    for stored, half, t in product(WIDTHS, HALVES, (*TOKENS, 64)):
+        _matmul_case(qkv, stored, t, half, compiled=(t, half) in ((1, "fp16"), (64, "bf16")))
+    for stored, half in product((G128, *OTHERS, *WIDTHS), HALVES):
         _dequantize_case(down, stored, half)
-    for s in (LLAMA, TINY):
-        _packing_cases(matrices(s)[-1])
+    _packing_cases(matrices(LLAMA)[-1])
 
 
 _register()

@@ -85,26 +85,11 @@ def paged_attention_reference(
     do_not_specialize_on_alignment=["p_table", "p_starts", "p_lens"],
 )
 def _paged_attention_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_table,
-    p_starts,
-    p_lens,
+    p_q, p_k, p_v, p_table, p_starts, p_lens,
     p_out,  # [T, H, SPLITS, D]: fp32 partial results, or with one split the result itself
     p_lse,  # [T, H, SPLITS] fp32, unused with one split
     scale,  # softmax scale times log2(e)
-    s_q_token,
-    s_q_head,
-    s_k_page,
-    s_k_head,
-    s_k_row,
-    s_v_page,
-    s_v_head,
-    s_v_row,
-    s_table,
-    num_seqs,
-    search_steps,
+    s_q_token, s_q_head, s_k_page, s_k_head, s_k_row, s_v_page, s_v_head, s_v_row, s_table, num_seqs, search_steps,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -114,7 +99,7 @@ def _paged_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # every sequence fits one query block
-):
+):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -273,7 +258,7 @@ def _tiles(max_query_len: int, group: int, head_dim: int, page_size: int, itemsi
     elif head_dim > 128:
         tiles = _Tiles(64, 16, 8, 3)
     elif rows <= 64 and group <= 32:
-        tiles = _Tiles(32, 32, 4, 3)
+        tiles = _Tiles(32, 64, 4, 3)
     else:
         tiles = _Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
     # The largest power of two that divides the page size bounds a tile that lies in one page.
@@ -394,45 +379,18 @@ def paged_attention(
     elif order is not None:
         parts = torch.empty_like(out)
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        query_starts,
-        context_lens,
-        parts,
-        lse,
-        scale * LOG2_E,
-        *q.stride()[:2],
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
-        page_table.stride(0),
-        num_seqs,
-        (num_seqs - 1).bit_length(),
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE_SIZE=page_size,
-        WINDOW=window or 0,
-        SPLITS=splits,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        ONE_BLOCK=one_block,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
+        q, k_pages, v_pages, page_table, query_starts, context_lens, parts, lse, scale * LOG2_E,
+        *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+        num_seqs, (num_seqs - 1).bit_length(),
+        GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=window or 0, SPLITS=splits,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     if splits > 1 or order is not None:
         block_f = 128 if splits > 1 else 1024
         _reduce_splits_kernel[num_tokens, triton.cdiv(num_heads * head_dim, block_f)](
-            parts,
-            lse,
-            out if order is None else order,
-            out,
-            NUM_FEATURES=num_heads * head_dim,
-            HEAD_DIM=head_dim,
-            SPLITS=splits,
-            HAS_ORDER=order is not None,
-            BLOCK_F=block_f,
-            BLOCK_S=triton.next_power_of_2(splits),
-        )
+            parts, lse, out if order is None else order, out,
+            NUM_FEATURES=num_heads * head_dim, HEAD_DIM=head_dim, SPLITS=splits, HAS_ORDER=order is not None,
+            BLOCK_F=block_f, BLOCK_S=triton.next_power_of_2(splits),
+        )  # fmt: skip
     return out

@@ -2,17 +2,21 @@
 
     W[n, k] = (code[k, n] - 2^(bits-1) - offset[g, n]) * scale[g, n],   g = k // group_size
 
-Layout of the planes: `operand.py`. One int16 of a 4-bit plane holds four codes, which belong to four K slices of the
-tile, so one element gives one element of each slice and no data moves between threads. Differences of codes are exact
-in fp16 and bf16; the product with the scale is taken in fp32 and rounded once.
+Layout of the planes: `operand.py`. A step of K is as many features as make whole tiles of all planes, and at least 128:
+128 for 4 and 8 bits, 256 for 2 and 6, 512 for 3 and 5. It takes up to four tiles of the high plane and one of the low
+plane, and gives a slice of 32 features at a time. Differences of codes are exact in fp16 and bf16; the product with
+the scale is taken in fp32 and rounded once.
 
-On NVIDIA two neighbouring int16 share a register and are turned into packed halves by OR-ing the code under a magic
-exponent: in fp16 0x6400 is 1024, whose last mantissa bit counts ones; in bf16 0x4300 is 128, likewise. Elsewhere and in
-the interpreter plain integer arithmetic gives the same numbers (Source: FasterTransformer's interleaved int4 layout;
-Kim et al. 2022, arXiv 2211.10017).
+On NVIDIA two neighbouring int16 share a register and become two packed halves. OR-ing a field of the word under a
+magic exponent, 1024 in fp16 and 128 in bf16, gives magic + field * 2^position if the field ends in the mantissa; one
+fused multiply-add per field then takes the magic and the position away and adds the fields up. All intermediate values
+are integers or short binary fractions, so nothing is rounded. Elsewhere and in the interpreter plain integer arithmetic
+gives the same numbers (Source of the magic exponent: Kim et al. 2022, arXiv 2211.10017).
 """
 
 from __future__ import annotations
+
+import struct
 
 import torch
 import triton
@@ -20,192 +24,314 @@ import triton.language as tl
 from torch import Tensor
 
 from qinfer.kernels.device import is_ptx_target, op
-from qinfer.kernels.operand import TILE_K, PlaneOperand
+from qinfer.kernels.operand import FIELDS, SLICE_K, PlaneOperand, step_k, tile_k
 from qinfer.kernels.packing import unpack_planes
 
 BLOCK_N = 64
+LOW = 4  # number of the word of the low plane; 0 to 3 are of tiles of the high plane
 
 
-def dequantize_reference(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype) -> Tensor:
+def dequantize_reference(
+    planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Compute the matrix in fp32 and round it once."""
-    codes = unpack_planes.reference(planes, bits=operand.bits, in_features=operand.in_features)
+    codes = unpack_planes(operand.planes, bits=operand.bits, in_features=operand.in_features)
     group = torch.arange(operand.in_features, device=planes.device) // operand.group_size
     centred = codes.float() - 2.0 ** (operand.bits - 1)
     if operand.offsets is not None:
         centred -= operand.offsets.float()[group]
-    return (centred * operand.scales.float()[group]).t().to(dtype).contiguous()
+    weight = (centred * operand.scales.float()[group]).t().to(dtype).contiguous()
+    return weight if out is None else out.copy_(weight)
+
+
+def _fields(bits: int, index: int, *, is_bf16: bool) -> list[tuple[int, int, int, int]]:
+    """Return where the fields of a slice are: (word, position, width, bits below), high bits first.
+
+    Word w is of tile w of the high plane in the step; word LOW is of the tile of the low plane.
+    """
+    high, *low = FIELDS[bits]
+    slots = 16 // high
+    word, position = index // slots, index % slots * high
+    if bits == 8 and is_bf16:
+        # The mantissa of bf16 holds seven bits: two nibbles instead of a byte.
+        return [(word, position + 4, 4, 4), (word, position, 4, 0)]
+    return [(word, position, high, bits - high), *((LOW, index * width, width, 0) for width in low)]
+
+
+def _shift(position: int, width: int, *, is_bf16: bool) -> int:
+    """Return by how much a word is shifted so that a field ends inside the mantissa; few shifts serve all fields."""
+    reach = (7 if is_bf16 else 10) // width * width
+    return position // reach * reach
+
+
+def _pair(value: float, *, is_bf16: bool) -> str:
+    """Return a number twice, as a packed pair of halves in hexadecimal."""
+    code = struct.pack("<f", value)[2:] if is_bf16 else struct.pack("<e", value)
+    return "0x" + 2 * f"{int.from_bytes(code, 'little'):04x}"
+
+
+def _assembly(bits: int, index: int, *, is_bf16: bool) -> str:
+    """Write the assembly that turns shifted int16 words, one per field, into a packed pair of centred codes."""
+    magic, kind = (128.0, "bf16x2") if is_bf16 else (1024.0, "f16x2")
+    lines, scales = ["{", ".reg .b32 t0, t1, s0, s1, c;"], []
+    for number, (_, position, width, below) in enumerate(_fields(bits, index, is_bf16=is_bf16)):
+        place = position - _shift(position, width, is_bf16=is_bf16)
+        mask = 2 * f"{((1 << width) - 1) << place:04x}"
+        scales.append(2.0 ** (below - place))
+        lines.append(f"lop3.b32 t{number}, ${number + 1}, 0x{mask}, {_pair(magic, is_bf16=is_bf16)}, 0xea;")
+        lines.append(f"mov.b32 s{number}, {_pair(scales[-1], is_bf16=is_bf16)};")
+    lines.append(f"mov.b32 c, {_pair(-(magic * sum(scales) + 2.0 ** (bits - 1)), is_bf16=is_bf16)};")
+    for number in range(len(scales)):
+        result = "$0" if number + 1 == len(scales) else "c"
+        lines.append(f"fma.rn.{kind} {result}, t{number}, s{number}, c;")
+    return " ".join([*lines, "}"])
+
+
+# Per width, slice and element type: words, shifts, places (position, mask, bits below) and assembly. A tl.constexpr:
+# Triton makes the value of such a global, and of no other, part of the key under which it caches a kernel.
+_SLICES = tl.constexpr(
+    {
+        (bits, index, is_bf16): (
+            tuple(word for word, *_ in fields),
+            tuple(_shift(position, width, is_bf16=is_bf16) for _, position, width, _ in fields),
+            tuple((position, (1 << width) - 1, below) for _, position, width, below in fields),
+            _assembly(bits, index, is_bf16=is_bf16),
+        )
+        for bits in FIELDS
+        for index in range(step_k(bits) // SLICE_K)
+        for is_bf16 in (False, True)
+        for fields in [_fields(bits, index, is_bf16=is_bf16)]
+    }
+)
+
+
+@triton.constexpr_function
+def slice_num_fields(bits, index, is_bf16):
+    """Return how many words the code of a slice is spread over."""
+    return len(_SLICES.value[bits, index, is_bf16][0])
+
+
+@triton.constexpr_function
+def slice_word(bits, index, is_bf16, field):
+    """Return which word a field of a slice is in."""
+    return _SLICES.value[bits, index, is_bf16][0][field]
+
+
+@triton.constexpr_function
+def slice_shift(bits, index, is_bf16, field):
+    """Return by how much the packed path shifts that word."""
+    return _SLICES.value[bits, index, is_bf16][1][field]
+
+
+@triton.constexpr_function
+def slice_place(bits, index, field, what):
+    """Return position (0), mask (1) or bits below (2) of a field for the portable path."""
+    return _SLICES.value[bits, index, False][2][field][what]
+
+
+@triton.constexpr_function
+def slice_asm(bits, index, is_bf16):
+    """Return the assembly of a slice."""
+    return _SLICES.value[bits, index, is_bf16][3]
+
+
+@triton.constexpr_function
+def shift_asm(amount):
+    """Return the assembly that shifts a pair of words; what crosses from one half to the other is masked away later."""
+    return f"shr.u32 $0, $1, {amount};"
 
 
 @triton.jit
-def plane4_fp16(b_words):
-    """Give the four centred codes of int16 words as fp16 through NVIDIA assembly."""
-    return tl.inline_asm_elementwise(
-        asm="""
-        {
-        .reg .b32 high, t0, t1, t2, t3, minus1032, sixteenth, minus72;
-        mov.b32 minus1032, 0xe408e408;
-        mov.b32 sixteenth, 0x2c002c00;
-        mov.b32 minus72, 0xd480d480;
-        shr.u32 high, $4, 8;
-        lop3.b32 t0, $4, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 t1, $4, 0x00f000f0, 0x64006400, 0xea;
-        lop3.b32 t2, high, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 t3, high, 0x00f000f0, 0x64006400, 0xea;
-        add.rn.f16x2 $0, t0, minus1032;
-        fma.rn.f16x2 $1, t1, sixteenth, minus72;
-        add.rn.f16x2 $2, t2, minus1032;
-        fma.rn.f16x2 $3, t3, sixteenth, minus72;
-        }
-        """,
-        constraints="=r,=r,=r,=r,r",
-        args=[b_words],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
+def _shifted(b_words, AMOUNT: tl.constexpr):
+    """Shift words right as packed pairs."""
+    if AMOUNT == 0:
+        return b_words
+    else:
+        return tl.inline_asm_elementwise(
+            shift_asm(AMOUNT), "=r,r", [b_words], dtype=tl.int16, is_pure=True, pack=2
+        )  # fmt: skip
 
 
 @triton.jit
-def plane4_bf16(b_words):
-    """Give the four centred codes of int16 words as bf16 through NVIDIA assembly."""
-    return tl.inline_asm_elementwise(
-        asm="""
-        {
-        .reg .b32 s1, s2, s3, t0, t1, t2, t3, one, minus136;
-        mov.b32 one, 0x3f803f80;
-        mov.b32 minus136, 0xc308c308;
-        shr.u32 s1, $4, 4;
-        shr.u32 s2, $4, 8;
-        shr.u32 s3, $4, 12;
-        lop3.b32 t0, $4, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 t1, s1, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 t2, s2, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 t3, s3, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 $0, t0, one, minus136;
-        fma.rn.bf16x2 $1, t1, one, minus136;
-        fma.rn.bf16x2 $2, t2, one, minus136;
-        fma.rn.bf16x2 $3, t3, one, minus136;
-        }
-        """,
-        constraints="=r,=r,=r,=r,r",
-        args=[b_words],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def plane4_portable(b_words, DTYPE: tl.constexpr):
-    """Give the four centred codes of int16 words in DTYPE with plain integer arithmetic."""
-    b_0 = ((b_words & 15) - 8).to(tl.float32).to(DTYPE)
-    b_1 = (((b_words >> 4) & 15) - 8).to(tl.float32).to(DTYPE)
-    b_2 = (((b_words >> 8) & 15) - 8).to(tl.float32).to(DTYPE)
-    b_3 = (((b_words >> 12) & 15) - 8).to(tl.float32).to(DTYPE)
-    return b_0, b_1, b_2, b_3
-
-
-@triton.jit
-def plane4(b_words, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Give the codes of a 4-bit plane minus 8, slice by slice of the K tile.
+def slice_codes(b_words, BITS: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Give one slice of a step: codes minus 2^(bits-1).
 
     Args:
-        b_words: int16 [BLOCK_N, 32].
-        DTYPE: the element type of the results, the activations' own.
+        b_words: five int16 [BLOCK_N, 32], as `load_step` gives them.
+        BITS: of the codes.
+        INDEX: of the slice in the step.
+        DTYPE: the element type of the result, the activations' own.
         PTX: whether the target takes NVIDIA assembly.
 
     Returns:
-        Four tensors of b_words' shape.
+        [BLOCK_N, 32] in DTYPE.
     """
-    if PTX and tl.float16 == DTYPE:
-        return plane4_fp16(b_words)
-    elif PTX and tl.bfloat16 == DTYPE:
-        return plane4_bf16(b_words)
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE
+    if PTX and DTYPE.primitive_bitwidth == 16:
+        b_first = b_words[slice_word(BITS, INDEX, BF16, 0)]
+        b_first = _shifted(b_first, slice_shift(BITS, INDEX, BF16, 0))
+        b_second = b_first
+        if slice_num_fields(BITS, INDEX, BF16) == 2:
+            b_second = b_words[slice_word(BITS, INDEX, BF16, 1)]
+            b_second = _shifted(b_second, slice_shift(BITS, INDEX, BF16, 1))
+        # The element type of the result must stand there as itself. Code of one field does not read its second word.
+        if BF16:
+            return tl.inline_asm_elementwise(
+                slice_asm(BITS, INDEX, True), "=r,r,r", [b_first, b_second], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                slice_asm(BITS, INDEX, False), "=r,r,r", [b_first, b_second], dtype=tl.float16, is_pure=True, pack=2
+            )
     else:
-        return plane4_portable(b_words, DTYPE)
+        b_code = b_words[slice_word(BITS, INDEX, False, 0)].to(tl.int32)
+        b_code = (b_code >> slice_place(BITS, INDEX, 0, 0)) & slice_place(BITS, INDEX, 0, 1)
+        b_code = b_code << slice_place(BITS, INDEX, 0, 2)
+        if slice_num_fields(BITS, INDEX, False) == 2:
+            b_code |= (b_words[4].to(tl.int32) >> slice_place(BITS, INDEX, 1, 0)) & slice_place(BITS, INDEX, 1, 1)
+        return (b_code - (1 << (BITS - 1))).to(tl.float32).to(DTYPE)
 
 
 @triton.jit
-def _store_slice(b_codes, p_offsets, p_scales, p_out, o_n, o_k, m_n, N, K, GROUP, HAS_OFFSETS: tl.constexpr):
-    """Scale one K slice of a tile and store it."""
-    # A slice that is all padding takes the last group's scale, and none of it is stored.
-    o_group = (tl.minimum(tl.min(o_k, 0), K - 1) // GROUP).to(tl.int64) * N
-    b_values = b_codes.to(tl.float32)
-    if HAS_OFFSETS:
-        b_values -= tl.load(p_offsets + o_group + o_n, mask=m_n, other=0).to(tl.float32)[:, None]
-    b_values *= tl.load(p_scales + o_group + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
-    p_row = p_out + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-    tl.store(p_row, b_values.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_k[None, :] < K))
+def _load_tile(p_plane, i_tile, o_w, m_n, N64, num_tiles, MASKED: tl.constexpr):
+    """Load one tile of a plane, int16 [BLOCK_N, 32]; a tile behind the last gives zeros."""
+    m_w = m_n & (i_tile < num_tiles) if MASKED else m_n
+    return tl.load(p_plane + i_tile * N64 * 32 + o_w, mask=m_w[:, None], other=0, cache_modifier=".cg")
+
+
+@triton.jit
+def load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr):
+    """Load the words of one step: one, two or four tiles of the high plane and one of the low plane.
+
+    Args:
+        p_high: the high plane.
+        p_low: the low plane; anything where there is none.
+        i_step: which step.
+        o_n: [BLOCK_N] outputs.
+        m_n: [BLOCK_N] which of them exist.
+        N64: number of outputs, int64.
+        num_high: tiles of the high plane; the last step may want some that do not exist.
+        HIGH_TILES: tiles of the high plane per step.
+        HAS_LOW: whether there is a low plane.
+
+    Returns:
+        Five int16 [BLOCK_N, 32] for `slice_codes`; those that a step does not have repeat the first.
+    """
+    o_w = o_n[:, None] * 32 + tl.arange(0, 32)[None, :]
+    i_high = i_step * HIGH_TILES
+    b_high0 = _load_tile(p_high, i_high, o_w, m_n, N64, num_high, False)
+    b_high1, b_high2, b_high3, b_low = b_high0, b_high0, b_high0, b_high0
+    if HIGH_TILES >= 2:
+        b_high1 = _load_tile(p_high, i_high + 1, o_w, m_n, N64, num_high, True)
+    if HIGH_TILES == 4:
+        b_high2 = _load_tile(p_high, i_high + 2, o_w, m_n, N64, num_high, True)
+        b_high3 = _load_tile(p_high, i_high + 3, o_w, m_n, N64, num_high, True)
+    if HAS_LOW:
+        b_low = _load_tile(p_low, i_step, o_w, m_n, N64, num_high, False)
+    return b_high0, b_high1, b_high2, b_high3, b_low
+
+
+def step_constants(bits: int) -> dict[str, int | bool]:
+    """Return the constexpr arguments of `load_step` for codes of some width."""
+    high, *low = FIELDS[bits]
+    step = step_k(bits)
+    return {
+        "BITS": bits,
+        "HIGH_TILES": step // tile_k(high),
+        "HAS_LOW": bool(low),
+        "SLICES": step // SLICE_K,
+    }
 
 
 @triton.jit
 def _dequantize_kernel(
-    p_planes, p_scales, p_offsets, p_out, N, K, GROUP,
+    p_high, p_low, p_scales, p_offsets, p_out, N, K, out_stride, GROUP, num_high, num_groups,
+    BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    i_n, i_tile = tl.program_id(0), tl.program_id(1)
+    i_n, i_step = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_c = tl.arange(0, 32)
     m_n = o_n < N
-    p_words = p_planes + (i_tile.to(tl.int64) * N + o_n)[:, None] * 32 + o_c[None, :]
-    b_words = tl.load(p_words, mask=m_n[:, None], other=0)
-    b_0, b_1, b_2, b_3 = plane4(b_words, p_out.dtype.element_ty, PTX)
-    o_k = i_tile * 128 + o_c
-    _store_slice(b_0, p_offsets, p_scales, p_out, o_n, o_k, m_n, N, K, GROUP, HAS_OFFSETS)
-    _store_slice(b_1, p_offsets, p_scales, p_out, o_n, o_k + 32, m_n, N, K, GROUP, HAS_OFFSETS)
-    _store_slice(b_2, p_offsets, p_scales, p_out, o_n, o_k + 64, m_n, N, K, GROUP, HAS_OFFSETS)
-    _store_slice(b_3, p_offsets, p_scales, p_out, o_n, o_k + 96, m_n, N, K, GROUP, HAS_OFFSETS)
+    N64 = tl.cast(N, tl.int64)
+    b_words = load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES, HAS_LOW)
+    for s in tl.static_range(SLICES):
+        b_values = slice_codes(b_words, BITS, s, p_out.dtype.element_ty, PTX).to(tl.float32)
+        o_k = (i_step * SLICES + s) * 32 + tl.arange(0, 32)
+        # Groups of 16 end within a slice. Padding takes the last group's scale and is not stored.
+        o_g = tl.minimum(o_k // GROUP, num_groups - 1)[None, :] * N64 + o_n[:, None]
+        if HAS_OFFSETS:
+            b_values -= tl.load(p_offsets + o_g, mask=m_n[:, None], other=0).to(tl.float32)
+        b_values *= tl.load(p_scales + o_g, mask=m_n[:, None], other=0.0).to(tl.float32)
+        p_row = p_out + o_n.to(tl.int64)[:, None] * out_stride + o_k[None, :]
+        tl.store(p_row, b_values.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_k[None, :] < K))
 
 
 def check_plane_operand(operand: PlaneOperand) -> None:
-    """Raise ValueError or TypeError if the tensors of an operand contradict each other."""
-    if operand.bits != 4 or len(operand.planes) != 1:
-        raise ValueError(f"operand.bits must be 4 with one plane, got {operand.bits} with {len(operand.planes)}")
-    tiles, n = -(-operand.in_features // TILE_K), operand.out_features
-    if operand.group_size not in (32, 64) and operand.group_size % TILE_K:
-        raise ValueError(f"operand.group_size must be 32, 64 or a multiple of {TILE_K}, got {operand.group_size}")
-    groups = -(-operand.in_features // operand.group_size)
-    plane = operand.planes[0]
-    if plane.dtype != torch.int16 or tuple(plane.shape) != (tiles, n, 32) or not plane.is_contiguous():
-        raise ValueError(f"planes[0] must be contiguous int16 {[tiles, n, 32]}, got {plane.dtype} {list(plane.shape)}")
-    if tuple(operand.scales.shape) != (groups, n) or not operand.scales.is_contiguous():
-        raise ValueError(f"scales must be contiguous {[groups, n]}, got {list(operand.scales.shape)}")
+    """Raise ValueError if the tensors of an operand contradict each other."""
+    bits, k, n = operand.bits, operand.in_features, operand.out_features
+    if bits not in FIELDS or len(operand.planes) != len(FIELDS[bits]):
+        raise ValueError(
+            f"operand.bits must be one of {list(FIELDS)} with a plane per field, got {bits} and {len(operand.planes)}"
+        )
+    if operand.group_size < 1 or (operand.group_size % SLICE_K and operand.group_size != 16):
+        raise ValueError(f"operand.group_size must be 16 or a multiple of {SLICE_K}, got {operand.group_size}")
+    for number, (plane, width) in enumerate(zip(operand.planes, FIELDS[bits], strict=True)):
+        shape = [-(-k // tile_k(width)), n, SLICE_K]
+        if plane.dtype != torch.int16 or list(plane.shape) != shape or not plane.is_contiguous():
+            raise ValueError(
+                f"planes[{number}] must be contiguous int16 {shape}, got {plane.dtype} {list(plane.shape)}"
+            )
+    groups = [-(-k // operand.group_size), n]
+    if list(operand.scales.shape) != groups or not operand.scales.is_contiguous():
+        raise ValueError(f"scales must be contiguous {groups}, got {list(operand.scales.shape)}")
     offsets = operand.offsets
     if offsets is None:
         return
-    if offsets.dtype != torch.int8 or offsets.shape != operand.scales.shape or not offsets.is_contiguous():
-        raise ValueError(f"offsets must be contiguous int8 {[groups, n]}, got {offsets.dtype} {list(offsets.shape)}")
+    if (
+        offsets.dtype not in (torch.int8, torch.int16)
+        or list(offsets.shape) != groups
+        or not offsets.is_contiguous()
+    ):  # fmt: skip
+        raise ValueError(
+            f"offsets must be contiguous int8 or int16 {groups}, got {offsets.dtype} {list(offsets.shape)}"
+        )
 
 
-def _check_dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype) -> None:
+def _check_dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype, out: Tensor | None = None) -> None:
     check_plane_operand(operand)
     if planes is not operand.planes[0]:
         raise ValueError("planes must be operand.planes[0]")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, got {dtype}")
+    shape = (operand.out_features, operand.in_features)
+    if out is not None and (tuple(out.shape) != shape or out.dtype != dtype or (out.numel() and out.stride(1) != 1)):
+        raise ValueError(f"out must be {dtype} {list(shape)} with rows contiguous, got {out.dtype} {list(out.shape)}")
 
 
 @op(reference=dequantize_reference, check=_check_dequantize)
-def dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype) -> Tensor:
+def dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Give the matrix of an operand, its input features in stored order.
 
     Args:
         planes: operand.planes[0]; it decides on the device.
-        operand: a 4-bit PlaneOperand with in_features K and out_features N.
+        operand: a PlaneOperand with in_features K and out_features N.
         dtype: element type of the result.
+        out: [N, K] to write to, rows contiguous; a new tensor by default.
 
     Returns:
-        [N, K] in dtype, row-major.
+        [N, K] in dtype.
 
     Raises:
         ValueError: the operand's tensors contradict each other.
     """
     n, k = operand.out_features, operand.in_features
-    out = torch.empty(n, k, dtype=dtype, device=planes.device)
-    grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(k, TILE_K))
+    if out is None:
+        out = torch.empty(n, k, dtype=dtype, device=planes.device)
+    grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(k, step_k(operand.bits)))
     if n and k:
         _dequantize_kernel[grid](
-            planes, operand.scales, operand.offsets, out, n, k, operand.group_size,
+            planes, operand.planes[-1], operand.scales, operand.offsets, out, n, k, out.stride(0), operand.group_size,
+            planes.shape[0], operand.scales.shape[0], **step_constants(operand.bits),
             HAS_OFFSETS=operand.offsets is not None, PTX=is_ptx_target(planes), BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
     return out

@@ -78,6 +78,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def is_amd_target(tensor: Tensor) -> bool:
+    """Say whether kernels on this tensor are compiled for AMD."""
+    return not settings().interpret and torch.version.hip is not None
+
+
 @cache
 def num_sms(device: torch.device) -> int:
     """Return the number of multiprocessors of a CUDA device; 8 for a CPU, so that interpreted grids stay small."""

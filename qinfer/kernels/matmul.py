@@ -6,10 +6,11 @@ Routes, chosen by the operand and by M alone:
 - DenseOperand: torch's matrix product (cuBLAS, hipBLAS).
 - PlaneOperand, M <= FUSED_ROWS: one kernel that reads each packed weight once. The problem is transposed,
   Yᵀ = W · Xᵀ, so that the tensor cores take weights, unpacked in registers, as their first operand, and a handful of
-  rows of x as their second. A plane of a tile is a K slice of 32 features (`operand.py`), so the tile is four dots
-  against four slices of x; scales multiply the fp32 accumulator once per group.
-- PlaneOperand, more rows: the matrix is dequantized into a scratch of at most MAX_SCRATCH elements, then multiplied by
-  torch; the cost of writing it is paid back by the rows.
+  rows of x as their second. A bit position of a plane is a K slice of 32 features (`operand.py`), so a step of K is 4,
+  8 or 16 dots against as many slices of x; scales multiply the fp32 accumulator once per group.
+- SegmentedOperand, M <= FUSED_ROWS: the same kernel once per segment; their sums meet like the parts of a split K.
+- Both, more rows: the matrix is dequantized into a scratch of at most MAX_SCRATCH elements, then multiplied by torch;
+  the cost of writing it is paid back by the rows.
 
 Accumulation is fp32 everywhere. With K split over programs, partial sums go to a workspace and the program that arrives
 last adds them in the order of K: no floating-point atomics, so two runs agree bit for bit.
@@ -19,8 +20,10 @@ Limits: x is fp16 or bf16 on a GPU (fp32 works and is slow); x is already in `op
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from functools import cache
+from math import gcd
 
 import torch
 import triton
@@ -28,9 +31,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qinfer.kernels.dequant import check_plane_operand, dequantize, plane4
-from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
-from qinfer.kernels.operand import TILE_K, DenseOperand, Operand, PlaneOperand
+from qinfer.kernels.dequant import check_plane_operand, dequantize, load_step, slice_codes, step_constants
+from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
+from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand, step_k
 from qinfer.kernels.tiles import Tile, lookup
 
 FUSED_ROWS = 64
@@ -40,6 +43,11 @@ MAX_LOCKS = 1 << 16
 
 # Matrices that the reference has dequantized on a CPU, as long as their planes live.
 _kept: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+
+
+def _segments(operand: PlaneOperand | SegmentedOperand) -> tuple[PlaneOperand, ...]:
+    """Return the matrices that lie on top of each other; most operands are one."""
+    return operand.segments if isinstance(operand, SegmentedOperand) else (operand,)
 
 
 def _dequantized(operand: PlaneOperand) -> Tensor:
@@ -66,34 +74,16 @@ def matmul_reference(
     tile: Tile | None = None,
 ) -> Tensor:
     """Dequantize the matrix and multiply in fp32; `tile` has no meaning here."""
-    weight = operand.weight.float() if isinstance(operand, DenseOperand) else _dequantized(operand)
+    if isinstance(operand, DenseOperand):
+        weight = operand.weight.float()
+    else:
+        weight = torch.cat([_dequantized(segment) for segment in _segments(operand)], dim=1)
     y = x.float() @ weight.t()
     if bias is not None:
         y += bias.float()
     if out is None:
         return y.to(out_dtype or x.dtype)
     return out.copy_(y)
-
-
-@triton.jit
-def _scaled(b_part, p_scales, o_group, o_n, m_n):
-    """Multiply the sum over one group, [BLOCK_N, BLOCK_M], by the scales of that group."""
-    return b_part * tl.load(p_scales + o_group + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
-
-
-@triton.jit
-def _load_x(p_x, m_m, o_k, K, EVEN_K: tl.constexpr):
-    """Load one K slice of x, transposed: [32, BLOCK_M]."""
-    return tl.load(p_x, mask=m_m if EVEN_K else m_m & (o_k[:, None] < K), other=0.0)
-
-
-@triton.jit
-def _shift(b_codes, p_offsets, o_group, o_n, m_n, HAS_OFFSETS: tl.constexpr):
-    """Subtract the offsets of one group from its codes; differences of small integers are exact."""
-    if HAS_OFFSETS:
-        b_offsets = tl.load(p_offsets + o_group + o_n, mask=m_n, other=0).to(tl.float32)
-        b_codes -= b_offsets.to(b_codes.dtype)[:, None]
-    return b_codes
 
 
 @triton.jit
@@ -105,82 +95,106 @@ def _finish(b_acc, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS: tl
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_out)
 
 
+@triton.jit
+def _sum_parts(p_tile, num_parts, part_stride, m_out, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Add the partial sums of one output tile in the order of K."""
+    b_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for i_part in range(num_parts):
+        b_sum += tl.load(p_tile + i_part * part_stride, mask=m_out, other=0.0, cache_modifier=".cg")
+    return b_sum
+
+
+@triton.jit
+def _add_group(b_acc, b_part, p_scales, o_group, o_n, m_n):
+    """Add the sum over one group, [BLOCK_N, BLOCK_M], times the scales of that group."""
+    return b_acc + b_part * tl.load(p_scales + o_group + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _dot(b_codes, b_x, b_part, p_offsets, o_group, o_n, m_n, HAS_OFFSETS: tl.constexpr):
+    """Subtract the offsets of a group from its codes, differences of small integers that are exact, and multiply."""
+    if HAS_OFFSETS:
+        b_offsets = tl.load(p_offsets + o_group + o_n, mask=m_n, other=0).to(tl.float32)
+        b_codes -= b_offsets.to(b_codes.dtype)[:, None]
+    return tl.dot(b_codes, b_x, b_part, input_precision="ieee")
+
+
 # M differs from step to step; a kernel per divisibility of M would be compiled in the middle of serving.
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "first_part"])
 def _matmul_kernel(
-    p_x, p_planes, p_scales, p_offsets, p_bias, p_out, p_partial, p_locks,
-    M, N, K, x_stride, out_stride, group_tiles, num_groups,
-    HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, SUBGROUPS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
-    IS_SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    p_x, p_high, p_low, p_scales, p_offsets, p_bias, p_out, p_partial, p_locks,
+    M, N, K, x_stride, out_stride, GROUP, num_high, num_groups, first_part, num_parts,
+    BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+    IS_SPLIT: tl.constexpr, HAS_LOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K tiles.
+    # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
     i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = tl.arange(0, 32)
     m_n, m_m = o_n < N, o_m[None, :] < M
-    num_tiles = tl.cdiv(K, 128)
-    num_parts = tl.num_programs(1)
-    first, last = i_k * num_tiles // num_parts, (i_k + 1) * num_tiles // num_parts
-    p_w = p_planes + (first.to(tl.int64) * N + o_n)[:, None] * 32 + o_c[None, :]
-    p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride + first * 128 + o_c[:, None]
+    num_steps = tl.cdiv(K, SLICES * 32)
+    first, last = i_k * num_steps // tl.num_programs(1), (i_k + 1) * num_steps // tl.num_programs(1)
+    p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride + o_c[:, None]
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     N64 = tl.cast(N, tl.int64)
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for i_tile in tl.range(first, last, num_stages=STAGES):
-        b_words = tl.load(p_w, mask=m_n[:, None], other=0, cache_modifier=".cg")
-        o_k = i_tile * 128 + o_c
-        b_x0 = _load_x(p_xs, m_m, o_k, K, EVEN_K)
-        b_x1 = _load_x(p_xs + 32, m_m, o_k + 32, K, EVEN_K)
-        b_x2 = _load_x(p_xs + 64, m_m, o_k + 64, K, EVEN_K)
-        b_x3 = _load_x(p_xs + 96, m_m, o_k + 96, K, EVEN_K)
-        b_0, b_1, b_2, b_3 = plane4(b_words, DTYPE, PTX)
-        if SUBGROUPS == 1:
-            o_g = (i_tile // group_tiles) * N64
-            b_part = tl.dot(_shift(b_0, p_offsets, o_g, o_n, m_n, HAS_OFFSETS), b_x0, input_precision="ieee")
-            b_part = tl.dot(_shift(b_1, p_offsets, o_g, o_n, m_n, HAS_OFFSETS), b_x1, b_part, input_precision="ieee")
-            b_part = tl.dot(_shift(b_2, p_offsets, o_g, o_n, m_n, HAS_OFFSETS), b_x2, b_part, input_precision="ieee")
-            b_part = tl.dot(_shift(b_3, p_offsets, o_g, o_n, m_n, HAS_OFFSETS), b_x3, b_part, input_precision="ieee")
-            b_acc += _scaled(b_part, p_scales, o_g, o_n, m_n)
-        else:
-            # Groups of 64 take two slices each, groups of 32 one.
-            # The last tile may hold fewer groups than the others; its padding repeats the last group, times x = 0.
-            i_g0, i_last = i_tile * SUBGROUPS, num_groups - 1
-            o_g0 = i_g0 * N64
-            o_g1 = tl.minimum(i_g0 + SUBGROUPS // 4, i_last) * N64
-            o_g2 = tl.minimum(i_g0 + SUBGROUPS // 2, i_last) * N64
-            o_g3 = tl.minimum(i_g0 + SUBGROUPS // 2 + SUBGROUPS // 4, i_last) * N64
-            b_part = tl.dot(_shift(b_0, p_offsets, o_g0, o_n, m_n, HAS_OFFSETS), b_x0, input_precision="ieee")
-            if SUBGROUPS == 4:
-                b_acc += _scaled(b_part, p_scales, o_g0, o_n, m_n)
-                b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            b_part = tl.dot(_shift(b_1, p_offsets, o_g1, o_n, m_n, HAS_OFFSETS), b_x1, b_part, input_precision="ieee")
-            b_acc += _scaled(b_part, p_scales, o_g1, o_n, m_n)
-            b_part = tl.dot(_shift(b_2, p_offsets, o_g2, o_n, m_n, HAS_OFFSETS), b_x2, input_precision="ieee")
-            if SUBGROUPS == 4:
-                b_acc += _scaled(b_part, p_scales, o_g2, o_n, m_n)
-                b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            b_part = tl.dot(_shift(b_3, p_offsets, o_g3, o_n, m_n, HAS_OFFSETS), b_x3, b_part, input_precision="ieee")
-            b_acc += _scaled(b_part, p_scales, o_g3, o_n, m_n)
-        p_w += N64 * 32
-        p_xs += 128
+    for i_step in tl.range(first, last, num_stages=STAGES):
+        b_words = load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES, HAS_LOW)
+        b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for s in tl.static_range(SLICES):
+            o_k = (i_step * SLICES + s) * 32
+            b_codes = slice_codes(b_words, BITS, s, DTYPE, PTX)
+            m_x = m_m if EVEN_K else m_m & (o_k + o_c[:, None] < K)
+            if RUN == 0:
+                # Two groups of 16 share the slice: each takes the features of x that are its own.
+                for half in tl.static_range(2):
+                    m_half = m_x & (o_c[:, None] // 16 == half)
+                    b_x = tl.load(p_xs + o_k, mask=m_half, other=0.0)
+                    o_g = tl.minimum(o_k // 16 + half, num_groups - 1) * N64
+                    b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                    b_part = _dot(b_codes, b_x, b_part, p_offsets, o_g, o_n, m_n, HAS_OFFSETS)
+                    b_acc = _add_group(b_acc, b_part, p_scales, o_g, o_n, m_n)
+            else:
+                # A run of slices shares a group. What lies behind K is multiplied by zero and takes the last group's.
+                b_x = tl.load(p_xs + o_k, mask=m_x, other=0.0)
+                o_g = tl.minimum(o_k // GROUP, num_groups - 1) * N64
+                b_part = _dot(b_codes, b_x, b_part, p_offsets, o_g, o_n, m_n, HAS_OFFSETS)
+                if (s + 1) % RUN == 0:
+                    b_acc = _add_group(b_acc, b_part, p_scales, o_g, o_n, m_n)
+                    b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     m_out = m_n[:, None] & m_m
     if not IS_SPLIT:
         _finish(b_acc, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
     else:
         p_tile = p_partial + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
         part_stride = M * N64
-        tl.store(p_tile + i_k * part_stride, b_acc, mask=m_out)
-        # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
-        tl.debug_barrier()
-        p_lock = p_locks + i_m * tl.num_programs(0) + i_n
-        arrived = tl.atomic_add(p_lock, 1, sem="acq_rel")
-        if arrived == num_parts - 1:
-            b_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for i_part in range(num_parts):
-                b_sum += tl.load(p_tile + i_part * part_stride, mask=m_out, other=0.0, cache_modifier=".cg")
-            _finish(b_sum, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
-            tl.store(p_lock, 0)
+        tl.store(p_tile + (first_part + i_k) * part_stride, b_acc, mask=m_out)
+        if HAS_LOCKS:
+            # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
+            tl.debug_barrier()
+            p_lock = p_locks + i_m * tl.num_programs(0) + i_n
+            arrived = tl.atomic_add(p_lock, 1, sem="acq_rel")
+            if arrived == num_parts - 1:
+                b_sum = _sum_parts(p_tile, num_parts, part_stride, m_out, BLOCK_N, BLOCK_M)
+                _finish(b_sum, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
+                tl.store(p_lock, 0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _sum_kernel(
+    p_partial, p_bias, p_out, M, N, out_stride, num_parts,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_n = o_n < N
+    m_out = m_n[:, None] & (o_m[None, :] < M)
+    p_tile = p_partial + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
+    b_sum = _sum_parts(p_tile, num_parts, M * tl.cast(N, tl.int64), m_out, BLOCK_N, BLOCK_M)
+    _finish(b_sum, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
 
 
 @cache
@@ -190,6 +204,17 @@ def _locks(device: torch.device) -> Tensor:
     Launches share them, so all matmuls of a device must run on one stream at a time.
     """
     return torch.zeros(MAX_LOCKS, dtype=torch.int32, device=device)
+
+
+def _check_segments(segments: Sequence[PlaneOperand]) -> None:
+    for number, segment in enumerate(segments):
+        check_plane_operand(segment)
+        if segment.out_features != segments[0].out_features:
+            raise ValueError(
+                f"segments[{number}] must have {segments[0].out_features} outputs, got {segment.out_features}"
+            )
+        if number + 1 < len(segments) and segment.in_features % SLICE_K:
+            raise ValueError(f"segments[{number}] must have a multiple of {SLICE_K} inputs, got {segment.in_features}")
 
 
 def _check_matmul(
@@ -206,8 +231,8 @@ def _check_matmul(
         raise ValueError(f"x must be [M, {k}] with rows contiguous, got {list(x.shape)} with strides {x.stride()}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if isinstance(operand, PlaneOperand):
-        check_plane_operand(operand)
+    if not isinstance(operand, DenseOperand):
+        _check_segments(_segments(operand))
     elif x.is_cuda and x.dtype != operand.weight.dtype:
         raise TypeError(f"x must have the weight's dtype {operand.weight.dtype}, got {x.dtype}")
     if bias is not None and tuple(bias.shape) != (n,):
@@ -230,47 +255,76 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         out += bias
 
 
-def _by_dequantizing(x: Tensor, operand: PlaneOperand, bias: Tensor | None, out: Tensor) -> None:
+def _columns(operand: PlaneOperand, start: int, stop: int) -> PlaneOperand:
+    """Return the part of an operand that makes some of the outputs."""
+    return replace(
+        operand,
+        planes=tuple(plane[:, start:stop].contiguous() for plane in operand.planes),
+        scales=operand.scales[:, start:stop].contiguous(),
+        offsets=None if operand.offsets is None else operand.offsets[:, start:stop].contiguous(),
+    )
+
+
+def _dequantized_part(segments: Sequence[PlaneOperand], start: int, stop: int, scratch: Tensor) -> Tensor:
+    """Dequantize some of the outputs of all segments, side by side along K, into the scratch: [stop - start, K]."""
+    whole, first = stop - start == segments[0].out_features, 0
+    for segment in segments:
+        part = segment if whole else _columns(segment, start, stop)
+        columns = scratch[: stop - start, first : first + segment.in_features]
+        dequantize.launch(part.planes[0], part, dtype=scratch.dtype, out=columns)
+        first += segment.in_features
+    return scratch[: stop - start]
+
+
+def _by_dequantizing(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor | None, out: Tensor) -> None:
     """Dequantize as many columns as fit into the scratch, multiply, repeat."""
-    n, step = operand.out_features, max(1, MAX_SCRATCH // operand.in_features)
-    if n <= step:
-        return _dense(x, dequantize.launch(operand.planes[0], operand, dtype=x.dtype), bias, out)
+    n, step = segments[0].out_features, max(1, MAX_SCRATCH // max(1, x.shape[1]))
+    scratch = torch.empty(min(n, step), x.shape[1], dtype=x.dtype, device=x.device)
     for start in range(0, n, step):
         stop = min(start + step, n)
-        part = PlaneOperand(
-            planes=(operand.planes[0][:, start:stop].contiguous(),),
-            scales=operand.scales[:, start:stop].contiguous(),
-            offsets=None if operand.offsets is None else operand.offsets[:, start:stop].contiguous(),
-            bits=operand.bits,
-            group_size=operand.group_size,
-            in_features=operand.in_features,
-        )
-        weight = dequantize.launch(part.planes[0], part, dtype=x.dtype)
+        weight = _dequantized_part(segments, start, stop, scratch)
         _dense(x, weight, None if bias is None else bias[start:stop], out[:, start:stop])
-    return None
 
 
-def _fused(x: Tensor, operand: PlaneOperand, bias: Tensor | None, out: Tensor, tile: Tile) -> None:
-    """Launch the kernel that reads packed weights."""
-    m, n, k = x.shape[0], operand.out_features, operand.in_features
-    grid = (triton.cdiv(n, tile.block_n), tile.split_k, triton.cdiv(m, tile.block_m))
+def _fused(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor | None, out: Tensor, tile: Tile) -> None:
+    """Launch the kernel that reads packed weights, once per segment; their sums meet like the parts of one."""
+    m, n = x.shape[0], segments[0].out_features
+    splits = [_splits(tile.split_k, segment, segments) for segment in segments]
+    grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m))
+    is_split, has_locks = sum(splits) > 1, not is_amd_target(x)
     partial = locks = out
-    if tile.split_k > 1:
-        if grid[0] * grid[2] > MAX_LOCKS:
-            raise ValueError(
-                f"a matmul with split_k > 1 takes at most {MAX_LOCKS} output tiles, got {grid[0] * grid[2]}"
-            )
-        partial = torch.empty(tile.split_k, m, n, dtype=torch.float32, device=x.device)
+    if is_split:
+        if grid[0] * grid[1] > MAX_LOCKS:
+            raise ValueError(f"a product with K split takes at most {MAX_LOCKS} output tiles, got {grid[0] * grid[1]}")
+        partial = torch.empty(sum(splits), m, n, dtype=torch.float32, device=x.device)
         locks = _locks(x.device)
-    _matmul_kernel[grid](
-        x, operand.planes[0], operand.scales, operand.offsets, bias, out, partial, locks,
-        m, n, k, x.stride(0), out.stride(0), max(1, operand.group_size // TILE_K),
-        operand.scales.shape[0],
-        HAS_OFFSETS=operand.offsets is not None, HAS_BIAS=bias is not None,
-        SUBGROUPS=max(1, TILE_K // operand.group_size), EVEN_K=k % TILE_K == 0, PTX=is_ptx_target(x),
-        IS_SPLIT=tile.split_k > 1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
-        num_warps=tile.warps,
-    )  # fmt: skip
+    start = first_part = 0
+    for segment, split in zip(segments, splits, strict=True):
+        k = segment.in_features
+        constants = step_constants(segment.bits)
+        _matmul_kernel[(grid[0], split, grid[1])](
+            x[:, start : start + k], segment.planes[0], segment.planes[-1], segment.scales, segment.offsets, bias, out,
+            partial, locks, m, n, k, x.stride(0), out.stride(0), segment.group_size, segment.planes[0].shape[0],
+            segment.scales.shape[0], first_part, sum(splits), **constants,
+            RUN=gcd(segment.group_size // SLICE_K, constants["SLICES"]) if segment.group_size >= SLICE_K else 0,
+            HAS_OFFSETS=segment.offsets is not None, HAS_BIAS=bias is not None,
+            EVEN_K=k % step_k(segment.bits) == 0, PTX=is_ptx_target(x), IS_SPLIT=is_split, HAS_LOCKS=has_locks,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        start, first_part = start + k, first_part + split
+    if is_split and not has_locks:
+        # A barrier of AMD's lets stores of other waves be pending, so nobody there may read what its neighbours wrote.
+        _sum_kernel[grid](
+            partial, bias, out, m, n, out.stride(0), sum(splits),
+            HAS_BIAS=bias is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        )  # fmt: skip
+
+
+def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand]) -> int:
+    """Share the parts of K out over segments by their bytes; each gets at least one, and no more than it has steps."""
+    share = split_k * segment.nbytes / sum(other.nbytes for other in segments)
+    steps = -(-segment.in_features // step_k(segment.bits))
+    return max(1, min(round(share), steps))
 
 
 @op(reference=matmul_reference, check=_check_matmul)
@@ -308,7 +362,9 @@ def matmul(
     if isinstance(operand, DenseOperand):
         _dense(x, operand.weight, bias, out)
     elif tile is None and m > FUSED_ROWS:
-        _by_dequantizing(x, operand, bias, out)
+        _by_dequantizing(x, _segments(operand), bias, out)
     else:
-        _fused(x, operand, bias, out, tile or lookup(arch(x.device), num_sms(x.device), m, n, k))
+        segments = _segments(operand)
+        widths = tuple(segment.bits for segment in segments)
+        _fused(x, segments, bias, out, tile or lookup(arch(x.device), num_sms(x.device), m, n, k, widths))
     return out

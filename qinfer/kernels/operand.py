@@ -1,12 +1,22 @@
 """The layouts in which kernels read a weight matrix: many stored formats become one of these few.
 
-`DenseOperand` keeps a matrix as torch keeps it, [N, K] row-major. `PlaneOperand` keeps integer codes in bit planes,
-tile-major along K, so that every plane of a tile is a K slice of its own and unpacking needs no shuffle:
+`DenseOperand` keeps a matrix as torch keeps it, [N, K] row-major.
 
-    4 bits: planes[0] is int16 [K/128, N, 32]; bits 4j..4j+3 of element (t, n, c) hold the code of stored input
-            feature 128 t + 32 j + c of output n.
+`PlaneOperand` keeps integer codes in bit planes. A code of b bits is cut into fields of 8, 4, 2 or 1 bits, the highest
+first:
 
-`W[k, n] = (code[k, n] - 2^(bits-1) - offset[g, n]) * scale[g, n]` with g = k // group_size, k counted in stored order.
+    8 = 8    6 = 4 + 2    5 = 4 + 1    4 = 4    3 = 2 + 1    2 = 2
+
+and the fields of one width w make a plane, int16 [ceil(K / tile), N, 32] with tile = 512 / w features:
+
+    bits w j .. w j + w-1 of element (t, n, c) hold the field of stored feature tile t + 32 j + c of output n.
+
+So one int16 belongs to 16 / w different slices of 32 features; unpacking it gives one element of each slice, no data
+moves between threads, and the planes of one code meet element by element. Padding is the code 2^(b-1).
+
+    W[k, n] = (code[k, n] - 2^(b-1) - offset[g, n]) * scale[g, n],   g = k // group_size,   k in stored order
+
+`SegmentedOperand` is several of them one after the other along K, each with its own width: EXL2's rows of mixed bits.
 """
 
 from __future__ import annotations
@@ -15,7 +25,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-TILE_K = 128  # input features per tile of a PlaneOperand; stored K is padded to a multiple of it
+MIN_STEP = 128  # features that a kernel unpacks at a time, at the least
+SLICE_K = 32  # features that share a bit position of a plane
+FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+def tile_k(width: int) -> int:
+    """Return the features per tile of a plane: 16 / width slices of 32."""
+    return 16 // width * SLICE_K
+
+
+def step_k(bits: int) -> int:
+    """Return the features that a kernel unpacks at a time: whole tiles of all planes of a code."""
+    return max(MIN_STEP, *(tile_k(width) for width in FIELDS[bits]))
 
 
 @dataclass(frozen=True)
@@ -49,11 +71,11 @@ class DenseOperand:
 class PlaneOperand:
     """An integer matrix in bit planes with one scale, and possibly one offset, per group and output."""
 
-    planes: tuple[Tensor, ...]  # 4 bits: (int16 [K_padded/128, N, 32],)
-    scales: Tensor  # [ceil(K/group_size), N] fp16 or bf16
-    offsets: Tensor | None  # [ceil(K/group_size), N] int8, zero point minus 2^(bits-1); None: symmetric
+    planes: tuple[Tensor, ...]  # one per field of FIELDS[bits]: int16 [ceil(K / tile_k(width)), N, 32]
+    scales: Tensor  # [ceil(K / group_size), N] fp16 or bf16
+    offsets: Tensor | None  # [ceil(K / group_size), N] int8 or int16, zero point minus 2^(bits-1); None: symmetric
     bits: int
-    group_size: int  # 32, 64 or a multiple of 128; K rounded up to a multiple of 128 stands for one group
+    group_size: int  # 16 or a multiple of 32; the last group may be shorter
     in_features: int  # K, without padding
     order: Tensor | None = None  # [K] int32: stored feature j multiplies x[:, order[j]]; None: j multiplies x[:, j]
 
@@ -69,4 +91,27 @@ class PlaneOperand:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-Operand = DenseOperand | PlaneOperand
+@dataclass(frozen=True)
+class SegmentedOperand:
+    """Integer matrices of different widths on top of each other."""
+
+    segments: tuple[PlaneOperand, ...]  # equal N, no order of their own; every K but the last a multiple of 32
+    order: Tensor | None = None  # [K] int32 over all segments, as in PlaneOperand
+
+    @property
+    def in_features(self) -> int:
+        """K of all segments together."""
+        return sum(segment.in_features for segment in self.segments)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.segments[0].out_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a matrix product reads."""
+        return sum(segment.nbytes for segment in self.segments)
+
+
+Operand = DenseOperand | PlaneOperand | SegmentedOperand

@@ -7,12 +7,9 @@ Bit stream (how files store codes): the codes along one axis form one little-end
 so 3-, 5-, 6- and 7-bit codes straddle words. `pack_stream` and `unpack_stream` are plain torch along any axis; the ops
 `pack_4bit` and `unpack_4bit` are the case b = 4 along the rows of a matrix: eight codes per word, the first one lowest.
 
-Planes (how kernels read codes, see operand.py): with w = 8*b and t, j, c the tile, slot and element,
-
-    bits b*j .. b*j + b-1 of int16 planes[t, n, c] = codes[128 t + w j + c, n],    planes is [ceil(K/128), N, w].
-
-K is padded to a multiple of 128 with the code 2^(b-1), which stands for zero in a symmetric format. `pack_planes` and
-`unpack_planes` take b in {2, 4, 8}, the widths that fill an int16 without a remainder.
+Planes (how kernels read codes): `operand.py` has the arrangement. `pack_plane` and `unpack_plane` move fields of one
+width w in {1, 2, 4, 8}; `pack_planes` and `unpack_planes` cut codes of b in {2, 3, 4, 5, 6, 8} bits into their fields
+and put them together again. K is padded to whole tiles with the code 2^(b-1), which is zero in a symmetric format.
 
 All of it is integer arithmetic and exact. Words are unsigned in meaning and signed in dtype: shifts go through a wider
 type or are followed by a mask, because the top code of a word reaches the sign bit.
@@ -28,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qinfer.kernels.device import op
-from qinfer.kernels.operand import TILE_K
+from qinfer.kernels.operand import FIELDS, SLICE_K, tile_k
 
-PLANE_BITS = (2, 4, 8)
+PLANE_WIDTHS = (1, 2, 4, 8)
 WORDS_PER_PROGRAM = 1024
 PLANE_BLOCK_N = 128
 
@@ -217,138 +214,195 @@ def unpack_4bit(packed: Tensor) -> Tensor:
     return unpacked
 
 
-def pack_planes_reference(codes: Tensor, *, bits: int) -> Tensor:
-    """Compute `pack_planes` in plain torch."""
-    in_features, out_features = codes.shape
-    tiles, width = -(-in_features // TILE_K), 8 * bits
-    padding = codes.new_full((tiles * TILE_K - in_features, out_features), 1 << (bits - 1))
-    slots = torch.cat([codes, padding]).reshape(tiles, 16 // bits, width, out_features)
-    planes = torch.zeros(tiles, width, out_features, dtype=torch.int32, device=codes.device)
-    for j in range(16 // bits):
-        planes |= slots[:, j].to(torch.int32) << (bits * j)
-    return _as_signed(planes, 16).to(torch.int16).transpose(1, 2).contiguous()
+def pack_plane_reference(fields: Tensor, *, width: int, padding: int) -> Tensor:
+    """Compute `pack_plane` in plain torch."""
+    in_features, out_features = fields.shape
+    tiles, slots = -(-in_features // tile_k(width)), 16 // width
+    rows = fields.new_full((tiles * tile_k(width) - in_features, out_features), padding)
+    slices = torch.cat([fields, rows]).reshape(tiles, slots, SLICE_K, out_features)
+    words = torch.zeros(tiles, SLICE_K, out_features, dtype=torch.int32, device=fields.device)
+    for j in range(slots):
+        words |= slices[:, j].to(torch.int32) << (width * j)
+    return _as_signed(words, 16).to(torch.int16).transpose(1, 2).contiguous()
 
 
 @triton.jit
-def _pack_planes_kernel(
-    p_codes, p_planes, K, N, stride_k, stride_n, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _pack_plane_kernel(
+    p_fields, p_plane, K, N, stride_k, stride_n, padding, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     i_tile = tl.program_id(0).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
-    WIDTH: tl.constexpr = 8 * BITS
-    o_c = tl.arange(0, WIDTH)
+    SLOTS: tl.constexpr = 16 // WIDTH
+    o_c = tl.arange(0, 32)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
-    b_plane = tl.zeros([BLOCK_N, WIDTH], tl.int32)
-    for j in tl.static_range(16 // BITS):
-        o_k = i_tile * TILE + WIDTH * j + o_c
-        p_slot = p_codes + o_k[None, :] * stride_k + o_n[:, None] * stride_n
-        b_code = tl.load(p_slot, mask=m_n[:, None] & (o_k < K)[None, :], other=1 << (BITS - 1)).to(tl.int32)
-        b_plane |= b_code << (BITS * j)
-    p_out = p_planes + (i_tile * N + o_n)[:, None] * WIDTH + o_c[None, :]
-    tl.store(p_out, b_plane.to(tl.int16), mask=m_n[:, None])
+    b_words = tl.zeros([BLOCK_N, 32], tl.int32)
+    for j in tl.static_range(SLOTS):
+        o_k = (i_tile * SLOTS + j) * 32 + o_c
+        p_slot = p_fields + o_k[None, :] * stride_k + o_n[:, None] * stride_n
+        b_field = tl.load(p_slot, mask=m_n[:, None] & (o_k < K)[None, :], other=0).to(tl.int32)
+        b_field = tl.where((o_k < K)[None, :], b_field, padding)
+        b_words |= b_field << (WIDTH * j)
+    p_out = p_plane + (i_tile * N + o_n)[:, None] * 32 + o_c[None, :]
+    tl.store(p_out, b_words.to(tl.int16), mask=m_n[:, None])
 
 
-def _check_pack_planes(codes: Tensor, *, bits: int) -> None:
-    _check_plane_bits(bits)
-    _check_codes("codes", codes, bits)
+def _check_plane_width(width: int) -> None:
+    if width not in PLANE_WIDTHS:
+        raise ValueError(f"width must be one of {list(PLANE_WIDTHS)}, got {width}")
 
 
-def _check_plane_bits(bits: int) -> None:
-    if bits not in PLANE_BITS:
-        raise ValueError(f"bits must be one of {list(PLANE_BITS)}, got {bits}")
+def _check_pack_plane(fields: Tensor, *, width: int, padding: int) -> None:
+    _check_plane_width(width)
+    _check_codes("fields", fields, width)
+    if not 0 <= padding < 1 << width:
+        raise ValueError(f"padding must be 0 to {(1 << width) - 1} for {width} bits, got {padding}")
 
 
-@op(reference=pack_planes_reference, check=_check_pack_planes)
-def pack_planes(codes: Tensor, *, bits: int) -> Tensor:
-    """Arrange the codes of a matrix in the plane that matrix-product kernels read (module docstring).
+@op(reference=pack_plane_reference, check=_check_pack_plane)
+def pack_plane(fields: Tensor, *, width: int, padding: int) -> Tensor:
+    """Arrange the fields of a matrix in the plane that matrix-product kernels read (operand.py).
 
     Args:
-        codes: [K, N] uint8 in stored order, values 0 to 2^bits - 1, any strides.
-        bits: 2, 4 or 8.
+        fields: [K, N] uint8 in stored order, values 0 to 2^width - 1, any strides.
+        width: bits per field, 1, 2, 4 or 8.
+        padding: the field of features behind the last, up to a whole tile.
 
     Returns:
-        [ceil(K / 128), N, 8 * bits] int16.
+        [ceil(K / tile_k(width)), N, 32] int16.
+
+    Raises:
+        ValueError: `width` is another number, or a field is too large (looked for on CPU tensors only).
+        TypeError: `fields` is not uint8.
+    """
+    in_features, out_features = fields.shape
+    tiles = triton.cdiv(in_features, tile_k(width))
+    plane = torch.empty(tiles, out_features, SLICE_K, dtype=torch.int16, device=fields.device)
+    if plane.numel():
+        _pack_plane_kernel[(tiles, triton.cdiv(out_features, PLANE_BLOCK_N))](
+            fields,
+            plane,
+            in_features,
+            out_features,
+            fields.stride(0),
+            fields.stride(1),
+            padding,
+            WIDTH=width,
+            BLOCK_N=PLANE_BLOCK_N,
+        )
+    return plane
+
+
+def unpack_plane_reference(plane: Tensor, *, width: int, in_features: int) -> Tensor:
+    """Compute `unpack_plane` in plain torch."""
+    tiles, out_features, _ = plane.shape
+    words = plane.transpose(1, 2).to(torch.int32)
+    fields = torch.empty(tiles, 16 // width, SLICE_K, out_features, dtype=torch.uint8, device=plane.device)
+    for j in range(16 // width):
+        fields[:, j] = ((words >> (width * j)) & ((1 << width) - 1)).to(torch.uint8)
+    return fields.reshape(tiles * tile_k(width), out_features)[:in_features].contiguous()
+
+
+@triton.jit
+def _unpack_plane_kernel(p_plane, p_fields, K, N, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_n = tl.program_id(1).to(tl.int64)
+    SLOTS: tl.constexpr = 16 // WIDTH
+    o_c = tl.arange(0, 32)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    p_in = p_plane + (i_tile * N + o_n)[:, None] * 32 + o_c[None, :]
+    b_words = tl.load(p_in, mask=m_n[:, None], other=0).to(tl.int32)
+    for j in tl.static_range(SLOTS):
+        o_k = (i_tile * SLOTS + j) * 32 + o_c
+        b_field = ((b_words >> (WIDTH * j)) & ((1 << WIDTH) - 1)).to(tl.uint8)
+        p_out = p_fields + o_k[None, :] * N + o_n[:, None]
+        tl.store(p_out, b_field, mask=m_n[:, None] & (o_k < K)[None, :])
+
+
+def _check_unpack_plane(plane: Tensor, *, width: int, in_features: int) -> None:
+    _check_plane_width(width)
+    if plane.dtype != torch.int16:
+        raise TypeError(f"plane must be int16, got {plane.dtype}")
+    tiles = -(-in_features // tile_k(width))
+    if plane.dim() != 3 or plane.shape[0] != tiles or plane.shape[2] != SLICE_K:
+        expected = f"[{tiles}, N, {SLICE_K}] for {in_features} features of {width} bits"
+        raise ValueError(f"plane must be {expected}, got {list(plane.shape)}")
+
+
+@op(reference=unpack_plane_reference, check=_check_unpack_plane)
+def unpack_plane(plane: Tensor, *, width: int, in_features: int) -> Tensor:
+    """Recover the fields of a plane: the inverse of `pack_plane`.
+
+    Args:
+        plane: [ceil(K / tile_k(width)), N, 32] int16.
+        width: bits per field, 1, 2, 4 or 8.
+        in_features: K.
+
+    Returns:
+        [K, N] uint8; padding is dropped.
+
+    Raises:
+        ValueError: `width` is another number, or the shape does not fit K.
+        TypeError: `plane` is not int16.
+    """
+    out_features = plane.shape[1]
+    fields = torch.empty(in_features, out_features, dtype=torch.uint8, device=plane.device)
+    if fields.numel():
+        _unpack_plane_kernel[(plane.shape[0], triton.cdiv(out_features, PLANE_BLOCK_N))](
+            plane.contiguous(), fields, in_features, out_features, WIDTH=width, BLOCK_N=PLANE_BLOCK_N
+        )
+    return fields
+
+
+def pack_planes(codes: Tensor, *, bits: int) -> tuple[Tensor, ...]:
+    """Cut codes into fields, high bits first, and pack each field into its plane.
+
+    Args:
+        codes: [K, N] uint8 in stored order, values 0 to 2^bits - 1.
+        bits: 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+        One int16 plane per field of FIELDS[bits].
 
     Raises:
         ValueError: `bits` is another number, or a code is too large (looked for on CPU tensors only).
         TypeError: `codes` is not uint8.
     """
-    in_features, out_features = codes.shape
-    tiles = triton.cdiv(in_features, TILE_K)
-    planes = torch.empty(tiles, out_features, 8 * bits, dtype=torch.int16, device=codes.device)
-    if planes.numel():
-        _pack_planes_kernel[(tiles, triton.cdiv(out_features, PLANE_BLOCK_N))](
-            codes,
-            planes,
-            in_features,
-            out_features,
-            codes.stride(0),
-            codes.stride(1),
-            BITS=bits,
-            TILE=TILE_K,
-            BLOCK_N=PLANE_BLOCK_N,
-        )
-    return planes
+    _check_code_bits(bits)
+    _check_codes("codes", codes, bits)
+    planes, below, centre = [], bits, 1 << (bits - 1)
+    for width in FIELDS[bits]:
+        below -= width
+        fields = codes if bits == width else (codes >> below) & ((1 << width) - 1)
+        planes.append(pack_plane(fields, width=width, padding=(centre >> below) & ((1 << width) - 1)))
+    return tuple(planes)
 
 
-def unpack_planes_reference(planes: Tensor, *, bits: int, in_features: int) -> Tensor:
-    """Compute `unpack_planes` in plain torch."""
-    tiles, out_features, width = planes.shape
-    words = planes.transpose(1, 2).to(torch.int32)
-    codes = torch.empty(tiles, 16 // bits, width, out_features, dtype=torch.uint8, device=planes.device)
-    for j in range(16 // bits):
-        codes[:, j] = ((words >> (bits * j)) & ((1 << bits) - 1)).to(torch.uint8)
-    return codes.reshape(tiles * TILE_K, out_features)[:in_features].contiguous()
-
-
-@triton.jit
-def _unpack_planes_kernel(p_planes, p_codes, K, N, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
-    i_tile = tl.program_id(0).to(tl.int64)
-    i_n = tl.program_id(1).to(tl.int64)
-    WIDTH: tl.constexpr = 8 * BITS
-    o_c = tl.arange(0, WIDTH)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    p_in = p_planes + (i_tile * N + o_n)[:, None] * WIDTH + o_c[None, :]
-    b_plane = tl.load(p_in, mask=m_n[:, None], other=0).to(tl.int32)
-    for j in tl.static_range(16 // BITS):
-        o_k = i_tile * TILE + WIDTH * j + o_c
-        b_code = ((b_plane >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.uint8)
-        p_out = p_codes + o_k[None, :] * N + o_n[:, None]
-        tl.store(p_out, b_code, mask=m_n[:, None] & (o_k < K)[None, :])
-
-
-def _check_unpack_planes(planes: Tensor, *, bits: int, in_features: int) -> None:
-    _check_plane_bits(bits)
-    if planes.dtype != torch.int16:
-        raise TypeError(f"planes must be int16, got {planes.dtype}")
-    tiles = -(-in_features // TILE_K)
-    if planes.dim() != 3 or planes.shape[0] != tiles or planes.shape[2] != 8 * bits:
-        expected = f"[{tiles}, N, {8 * bits}] for {in_features} features of {bits} bits"
-        raise ValueError(f"planes must be {expected}, got {list(planes.shape)}")
-
-
-@op(reference=unpack_planes_reference, check=_check_unpack_planes)
-def unpack_planes(planes: Tensor, *, bits: int, in_features: int) -> Tensor:
-    """Read the codes back from a plane and drop the padding: the inverse of `pack_planes`.
+def unpack_planes(planes: tuple[Tensor, ...], *, bits: int, in_features: int) -> Tensor:
+    """Put the fields of planes together again: the inverse of `pack_planes`.
 
     Args:
-        planes: [ceil(K / 128), N, 8 * bits] int16.
-        bits: 2, 4 or 8.
+        planes: one int16 plane per field of FIELDS[bits].
+        bits: 2, 3, 4, 5, 6 or 8.
         in_features: K.
 
     Returns:
-        [K, N] uint8.
+        [K, N] uint8 codes.
 
     Raises:
-        ValueError: `bits` is another number, or the shape does not fit `in_features`.
-        TypeError: `planes` is not int16.
+        ValueError: `bits` is another number, or the planes do not fit it.
     """
-    tiles, out_features, _ = planes.shape
-    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=planes.device)
-    if codes.numel():
-        _unpack_planes_kernel[(tiles, triton.cdiv(out_features, PLANE_BLOCK_N))](
-            planes.contiguous(), codes, in_features, out_features, BITS=bits, TILE=TILE_K, BLOCK_N=PLANE_BLOCK_N
-        )
+    _check_code_bits(bits)
+    if len(planes) != len(FIELDS[bits]):
+        raise ValueError(f"codes of {bits} bits have {len(FIELDS[bits])} planes, got {len(planes)}")
+    codes = torch.zeros(in_features, planes[0].shape[1], dtype=torch.uint8, device=planes[0].device)
+    for plane, width in zip(planes, FIELDS[bits], strict=True):
+        # A shift by all eight bits would be undefined, and the first field has nothing above it.
+        codes = (codes << width if width < bits else codes) | unpack_plane(plane, width=width, in_features=in_features)
     return codes
+
+
+def _check_code_bits(bits: int) -> None:
+    if bits not in FIELDS:
+        raise ValueError(f"bits must be one of {list(FIELDS)}, got {bits}")

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, step_k, tile_k
+
+# What a pipeline may take: with few rows so little that four programs fit a multiprocessor of a data-centre GPU, with
+# more rows what consumer GPUs have for one program, 99 KiB.
+FEW_ROWS_BYTES, SHARED_BYTES = 56 << 10, 88 << 10
 TABLES = Path(__file__).parent / "tile_tables"
 
 
@@ -35,34 +40,54 @@ def bucket(m: int) -> int:
 
 
 @cache
-def _table(arch: str) -> dict[tuple[str, int, int, int], Tile]:
+def _table(arch: str) -> dict[tuple[str, int, int, int, int], Tile]:
     """Read the table of one GPU; an empty one if none was measured."""
     path = TABLES / f"{arch}.json"
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["rows"]
     return {
-        (row["op"], row["m_max"], row["n"], row["k"]): Tile(**{field: row[field] for field in Tile.__annotations__})
+        (row["op"], row["bits"], row["m_max"], row["n"], row["k"]): Tile(
+            **{field: row[field] for field in Tile.__annotations__}
+        )
         for row in rows
     }
 
 
 @cache
-def lookup(arch: str, num_sms: int, m: int, n: int, k: int) -> Tile:
-    """Return the tile of a plane matmul of an [m, k] input and a [k, n] matrix."""
-    return _table(arch).get(("matmul", bucket(m), n, k)) or rule(num_sms, m, n, k)
+def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
+    """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits."""
+    row = _table(arch).get(("matmul", widths[0], bucket(m), n, k)) if len(widths) == 1 else None
+    return row or rule(num_sms, m, n, k, widths)
 
 
-def rule(num_sms: int, m: int, n: int, k: int) -> Tile:
+def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
     """Return a reasonable tile for any shape.
 
     Few rows are bound by reading the weights, and what counts there is bytes in flight: about four programs per
     multiprocessor, each with a short pipeline, beat fewer programs with long ones (benchmarks/LOG.md). So K is split
-    until the grid is that large, while every program keeps two tiles of K.
+    until the grid is that large, while every program keeps about two tiles of K. Codes of 3 and 5 bits come in long
+    steps; the pipeline is as deep as shared memory allows on every GPU.
     """
     block_m = min(max(16, 1 << (m - 1).bit_length()), 64)
-    block_n = 64 if n <= 64 * num_sms else 128
+    block_n = 64 if n <= 64 * num_sms or max(step_k(bits) for bits in widths) > 2 * MIN_STEP else 128
+    fits = [
+        (rows, columns, stages)
+        for rows, columns in ((block_m, block_n), (block_m, 64), (block_m // 2, 64), (16, 64))
+        for stages in (4, 3, 2)
+        if max(_shared_bytes(bits, rows, columns, stages) for bits in widths)
+        <= (FEW_ROWS_BYTES if rows == 16 else SHARED_BYTES)
+    ]
+    block_m, block_n, stages = fits[0]
     programs = -(-n // block_n) * -(-m // block_m)
-    tiles_k = -(-k // 128)
-    split_k = max(1, min(round(4 * num_sms / programs), tiles_k // 2, 16))
-    return Tile(block_m, block_n, split_k, 4, 4 if block_m <= 32 else 3)
+    split_k = max(1, min(round(4 * num_sms / programs), -(-k // 256), 16))
+    return Tile(
+        block_m, block_n, split_k, 4 if block_m * block_n < 64 * 128 else 8, min(stages, 4 if block_m <= 32 else 3)
+    )
+
+
+def _shared_bytes(bits: int, block_m: int, block_n: int, stages: int) -> int:
+    """Return the shared memory of a pipeline; x takes one stage more, for wgmma reads it while the next loads come."""
+    step = step_k(bits)
+    words = sum(step // tile_k(width) for width in FIELDS[bits]) * SLICE_K
+    return 2 * (step * block_m * stages + words * block_n * (stages - 1))

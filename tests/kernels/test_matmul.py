@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from qinfer.kernels import matmul as module
 from qinfer.kernels.dequant import dequantize
 from qinfer.kernels.matmul import matmul
-from qinfer.kernels.operand import DenseOperand
+from qinfer.kernels.operand import FIELDS, DenseOperand
 from qinfer.kernels.tiles import Tile, bucket, lookup, rule
 from tests.compare import assert_close
-from tests.kernels.operands import plane_operand
+from tests.kernels.operands import plane_operand, segmented_operand
 from tests.strategies import random_tensor
 
 
@@ -66,6 +66,52 @@ def test_matches_reference(
     actual = matmul.launch(x, operand, bias=bias, out_dtype=torch.float32)
     assert actual.dtype == torch.float32
     assert_close(actual, matmul.reference(x, operand, bias=bias, out_dtype=torch.float32))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", FIELDS)
+@pytest.mark.parametrize(("k", "group_size"), [(256, 128), (416, 32), (192, 16), (352, 96)])
+def test_every_width_matches_reference(
+    device: torch.device, bits: int, dtype: torch.dtype, k: int, group_size: int
+) -> None:
+    operand = plane_operand(k, 40, bits=bits, group_size=group_size, symmetric=bits % 2 == 0, device=device)
+    x = random_tensor(3, k, seed=bits, dtype=dtype).to(device)
+    for tile in (None, Tile(16, 64, 2, 4, 2)):
+        assert_close(matmul.launch(x, operand, tile=tile), matmul.reference(x, operand))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("m", [1, 20, module.FUSED_ROWS + 1])
+@pytest.mark.parametrize("split_k", [None, 1, 5])
+def test_segments_of_mixed_widths_match_reference(device: torch.device, m: int, split_k: int | None) -> None:
+    operand = segmented_operand([(8, 32), (6, 64), (5, 32), (4, 160), (3, 96), (2, 48)], 40, device=device)
+    x = random_tensor(m, operand.in_features, seed=m, dtype=torch.float16).to(device)
+    bias = random_tensor(40, seed=1, dtype=torch.float16).to(device)
+    tile = None if split_k is None else Tile(32, 64, split_k, 4, 2)
+    expected = matmul.reference(x, operand, bias=bias)
+    first = matmul.launch(x, operand, bias=bias, tile=tile)
+    assert_close(first, expected)
+    assert torch.equal(matmul.launch(x, operand, bias=bias, tile=tile), first)
+
+
+@pytest.mark.kernel
+def test_without_locks_the_parts_are_added_by_a_kernel_of_their_own(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operand = plane_operand(512, 72, device=device)
+    x = random_tensor(19, 512, seed=0, dtype=torch.float16).to(device)
+    bias = random_tensor(72, seed=1, dtype=torch.float16).to(device)
+    tile = Tile(16, 64, 3, 4, 3)
+    expected = matmul.launch(x, operand, bias=bias, tile=tile)
+    monkeypatch.setattr(module, "is_amd_target", lambda tensor: True)
+    assert torch.equal(matmul.launch(x, operand, bias=bias, tile=tile), expected)
+
+
+def test_segments_must_fit_each_other() -> None:
+    operand = segmented_operand([(4, 48), (2, 32)], 8)
+    with pytest.raises(ValueError, match=r"segments\[0\] must have a multiple of 32 inputs, got 48"):
+        matmul(torch.zeros(1, 80), operand)
 
 
 @pytest.mark.kernel
@@ -156,11 +202,20 @@ def test_wrong_arguments_are_named() -> None:
         matmul(torch.zeros(2, 128), operand, out=torch.zeros(2, 8), out_dtype=torch.float16)
 
 
-@given(m=st.integers(1, 64), n=st.integers(1, 200_000), k=st.integers(1, 60_000), num_sms=st.integers(1, 200))
-def test_the_rule_gives_a_legal_tile_for_every_shape(m: int, n: int, k: int, num_sms: int) -> None:
-    tile = rule(num_sms, m, n, k)
+@given(
+    m=st.integers(1, 64),
+    n=st.integers(1, 200_000),
+    k=st.integers(1, 60_000),
+    num_sms=st.integers(1, 200),
+    widths=st.lists(st.sampled_from(list(FIELDS)), min_size=1).map(tuple),
+)
+def test_the_rule_gives_a_legal_tile_for_every_shape(
+    m: int, n: int, k: int, num_sms: int, widths: tuple[int, ...]
+) -> None:
+    tile = rule(num_sms, m, n, k, widths)
     assert tile.block_m in (16, 32, 64)
     assert tile.block_n in (64, 128)
+    assert 2 <= tile.stages <= 4
     assert 1 <= tile.split_k <= max(1, -(-k // 128))
 
 
@@ -171,4 +226,4 @@ def test_buckets_hold_their_members(m: int) -> None:
 
 
 def test_unknown_gpus_use_the_rule() -> None:
-    assert lookup("sm_00", 100, 1, 4096, 4096) == rule(100, 1, 4096, 4096)
+    assert lookup("sm_00", 100, 1, 4096, 4096, (4,)) == rule(100, 1, 4096, 4096, (4,))

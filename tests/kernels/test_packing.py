@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qinfer.kernels.operand import FIELDS, tile_k
 from qinfer.kernels.packing import (
     pack_4bit,
+    pack_plane,
     pack_planes,
     pack_stream,
     unpack_4bit,
+    unpack_plane,
     unpack_planes,
     unpack_stream,
 )
@@ -100,39 +103,49 @@ def test_stream_refuses_what_it_cannot_mean() -> None:
         unpack_stream(words.to(torch.int64), 4, 24, 0)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_planes_follow_the_rule_element_by_element(bits: int) -> None:
-    in_features, out_features, width = 160, 3, 8 * bits
-    codes = random_codes(in_features, out_features, bits=bits)
-    planes = pack_planes.reference(codes, bits=bits)
-    assert planes.shape == (2, out_features, width)
-    for t in range(2):
-        for n in range(out_features):
-            for c in range(width):
-                word = 0
-                for j in range(16 // bits):
-                    k = 128 * t + width * j + c
-                    code = int(codes[k, n]) if k < in_features else 1 << (bits - 1)
-                    word |= code << (bits * j)
-                assert int(planes[t, n, c]) & 0xFFFF == word
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_planes_follow_the_rule_element_by_element(width: int) -> None:
+    in_features, out_features, tile = 160, 3, 512 // width
+    fields = random_codes(in_features, out_features, bits=width)
+    plane = pack_plane.reference(fields, width=width, padding=1)
+    assert plane.shape == (-(-in_features // tile), out_features, 32)
+    for t, n, c in np.ndindex(*plane.shape):
+        word = 0
+        for j in range(16 // width):
+            k = tile * t + 32 * j + c
+            word |= (int(fields[k, n]) if k < in_features else 1) << (width * j)
+        assert int(plane[t, n, c]) & 0xFFFF == word
 
 
 def test_planes_of_one_spelled_out_element() -> None:
     # Features 5, 37, 69 and 101 of a tile share element 5: codes 1, 2, 3 and 15 make the word f321, which is -3295.
     codes = torch.full((128, 1), 8, dtype=torch.uint8)
     codes[[5, 37, 69, 101], 0] = torch.tensor([1, 2, 3, 15], dtype=torch.uint8)
-    planes = pack_planes.reference(codes, bits=4)
-    assert int(planes[0, 0, 5]) == 0xF321 - 0x10000
-    assert int(planes[0, 0, 6]) == 0x8888 - 0x10000
+    (plane,) = pack_planes(codes, bits=4)
+    assert int(plane[0, 0, 5]) == 0xF321 - 0x10000
+    assert int(plane[0, 0, 6]) == 0x8888 - 0x10000
+
+
+def test_planes_of_one_spelled_out_six_bit_code() -> None:
+    # 45 is 101101 in binary: 1011 goes to the plane of four bits, 01 to that of two. Padding is 32: 1000 and 00.
+    codes = torch.full((1, 1), 45, dtype=torch.uint8)
+    high, low = pack_planes(codes, bits=6)
+    assert int(high[0, 0, 0]) & 0xFFFF == 0x888B
+    assert int(low[0, 0, 0]) & 0xFFFF == 0x0001
+    assert int(high[0, 0, 1]) & 0xFFFF == 0x8888
 
 
 @given(
-    bits=st.sampled_from([2, 4, 8]), in_features=st.integers(0, 300), out_features=st.integers(0, 5), seed=st.integers()
+    bits=st.sampled_from(list(FIELDS)),
+    in_features=st.integers(0, 600),
+    out_features=st.integers(0, 5),
+    seed=st.integers(),
 )
 def test_unpack_planes_inverts_pack_planes(bits: int, in_features: int, out_features: int, seed: int) -> None:
     codes = random_codes(in_features, out_features, bits=bits, seed=seed % 2**31)
-    planes = pack_planes.reference(codes, bits=bits)
-    assert torch.equal(unpack_planes.reference(planes, bits=bits, in_features=in_features), codes)
+    planes = pack_planes(codes, bits=bits)
+    assert [plane.shape[0] for plane in planes] == [-(-in_features // tile_k(width)) for width in FIELDS[bits]]
+    assert torch.equal(unpack_planes(planes, bits=bits, in_features=in_features), codes)
 
 
 @pytest.mark.kernel
@@ -154,23 +167,22 @@ def test_4bit_kernels_take_views(device: torch.device) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("shape", [(128, 16), (32, 1), (160, 130), (384, 7), (0, 8), (64, 0)])
-def test_plane_kernels_match_their_references(device: torch.device, bits: int, shape: tuple[int, int]) -> None:
-    codes = random_codes(*shape, bits=bits).to(device)
-    planes = pack_planes.launch(codes, bits=bits)
-    assert planes.dtype == torch.int16
-    assert torch.equal(planes, pack_planes.reference(codes, bits=bits))
-    assert torch.equal(unpack_planes.launch(planes, bits=bits, in_features=shape[0]), codes)
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(128, 16), (32, 1), (160, 130), (544, 7), (0, 8), (64, 0)])
+def test_plane_kernels_match_their_references(device: torch.device, width: int, shape: tuple[int, int]) -> None:
+    fields = random_codes(*shape, bits=width).to(device)
+    plane = pack_plane.launch(fields, width=width, padding=1)
+    assert plane.dtype == torch.int16
+    assert torch.equal(plane, pack_plane.reference(fields, width=width, padding=1))
+    assert torch.equal(unpack_plane.launch(plane, width=width, in_features=shape[0]), fields)
 
 
 @pytest.mark.kernel
 def test_plane_kernels_take_views(device: torch.device) -> None:
     codes = random_codes(20, 160, bits=4).to(device).T
-    planes = pack_planes.launch(codes, bits=4)
-    assert torch.equal(planes, pack_planes.reference(codes, bits=4))
-    part = planes[:, 3:9]
-    assert torch.equal(unpack_planes.launch(part, bits=4, in_features=160), codes[:, 3:9])
+    plane = pack_plane.launch(codes, width=4, padding=8)
+    assert torch.equal(plane, pack_plane.reference(codes, width=4, padding=8))
+    assert torch.equal(unpack_plane.launch(plane[:, 3:9], width=4, in_features=160), codes[:, 3:9])
 
 
 def test_ops_refuse_bad_arguments() -> None:
@@ -185,11 +197,17 @@ def test_ops_refuse_bad_arguments() -> None:
         unpack_4bit(codes)
     with pytest.raises(ValueError, match="packed must have 2 dimensions"):
         unpack_4bit(torch.zeros(8, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"bits must be one of \[2, 4, 8\], got 3"):
-        pack_planes(codes, bits=3)
+    with pytest.raises(ValueError, match=r"bits must be one of"):
+        pack_planes(codes, bits=7)
     with pytest.raises(ValueError, match="codes must be 0 to 3"):
         pack_planes(torch.full((128, 1), 4, dtype=torch.uint8), bits=2)
-    with pytest.raises(TypeError, match="planes must be int16"):
-        unpack_planes(torch.zeros(1, 4, 32), bits=4, in_features=128)
-    with pytest.raises(ValueError, match=r"planes must be \[2, N, 32\]"):
-        unpack_planes(torch.zeros(1, 4, 32, dtype=torch.int16), bits=4, in_features=129)
+    with pytest.raises(ValueError, match="width must be one of"):
+        pack_plane(codes, width=3, padding=0)
+    with pytest.raises(ValueError, match="padding must be 0 to 15 for 4 bits, got 16"):
+        pack_plane(codes, width=4, padding=16)
+    with pytest.raises(TypeError, match="plane must be int16"):
+        unpack_plane(torch.zeros(1, 4, 32), width=4, in_features=128)
+    with pytest.raises(ValueError, match=r"plane must be \[2, N, 32\]"):
+        unpack_plane(torch.zeros(1, 4, 32, dtype=torch.int16), width=4, in_features=129)
+    with pytest.raises(ValueError, match="codes of 6 bits have 2 planes, got 1"):
+        unpack_planes((torch.zeros(1, 4, 32, dtype=torch.int16),), bits=6, in_features=128)
