@@ -25,8 +25,8 @@ from qinfer.models.batch import Batch
 from qinfer.models.config import ModelConfig
 from qinfer.models.layers import Attention, Embedding, GatedMLP, HeadNorm, Linear, MergedLinear, RMSNorm, RopeTable
 from qinfer.parallel.comm import Communicator
-from qinfer.quant import weight_class
-from qinfer.quant.weight import FLOATS, take
+from qinfer.quant import weight_class, without_padding
+from qinfer.quant.weight import FLOATS, Weight, take
 
 # Tables that old files store although they follow from the config.
 _IGNORED = "rotary_emb.inv_freq"
@@ -108,9 +108,7 @@ class Decoder:
         """
         parameters = CheckpointParameters(checkpoint, device=device, dtype=dtype)
         decoder = cls.build(config, parameters, device=device, dtype=dtype, comm=comm)
-        # A bias or a norm that nobody read would change the results without a word.
-        root = name_map(config).embed.partition(".")[0]
-        parameters.check_leftovers(f"{root}.")
+        parameters.check_leftovers(root(config))
         return decoder
 
     @classmethod
@@ -202,6 +200,14 @@ class Decoder:
         return total - (operand.nbytes if shares else 0)
 
 
+def root(config: ModelConfig) -> str:
+    """Return what the names of a decoder's tensors begin with.
+
+    A bias or a norm below it that nobody read would change the results without a word; beside it are other things.
+    """
+    return name_map(config).embed.partition(".")[0] + "."
+
+
 def _build_block(
     config: ModelConfig,
     index: int,
@@ -266,10 +272,14 @@ def _build_attention(
 
 
 class _ReadRecorder:
-    """A checkpoint that remembers which tensors were read."""
+    """A checkpoint that reads to one device and remembers which tensors were read.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Weights are checked and repacked there: a GPU looks through a tensor faster than a host can.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self._checkpoint = checkpoint
+        self._device = device
         self._read: set[str] = set()
 
     @property
@@ -287,7 +297,7 @@ class _ReadRecorder:
 
     def read(self, name: str) -> Tensor:
         self._read.add(name)
-        return self._checkpoint.read(name)
+        return self._checkpoint.read(name, self._device)
 
     def error(self, name: str | None, problem: str) -> CheckpointError:
         return self._checkpoint.error(name, problem)
@@ -301,12 +311,18 @@ class CheckpointParameters:
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
         """Read from `checkpoint`, put on `device`, prepare for activations of `dtype`."""
-        self._source = _ReadRecorder(checkpoint)
+        self._source = _ReadRecorder(checkpoint, device)
         self._device = device
         self._dtype = dtype
 
     def linear(self, name: str, shape: tuple[int, int], *, has_bias: bool) -> Linear:
-        """Read a matrix in whatever format it is stored.
+        """Read a matrix in whatever format it is stored, and lay it out for the kernels; see `weight`."""
+        weight, bias = self.weight(name, shape, has_bias=has_bias)
+        operand = weight.operand(self._device, self._dtype)
+        return Linear(operand, None if bias is None else bias.to(self._device))
+
+    def weight(self, name: str, shape: tuple[int, int], *, has_bias: bool) -> tuple[Weight, Tensor | None]:
+        """Read a matrix in whatever format it is stored, and its bias.
 
         A bias of zeros that the config knows nothing of is dropped: old GPTQ files have one beside every matrix.
 
@@ -320,6 +336,7 @@ class CheckpointParameters:
             UnsupportedError: the format is not served.
         """
         weight = weight_class(self._source.quant_config, name, self._source).read(self._source, name)
+        weight = without_padding(weight, shape[1])
         stored = f"{name}.{next(iter(weight.tensors()))}"
         if tuple(weight.shape) != shape:
             raise self._source.error(
@@ -332,16 +349,26 @@ class CheckpointParameters:
             if bias.count_nonzero():
                 raise self._source.error(f"{name}.bias", "must be absent or zero: the config says there is no bias")
             bias = None
-        operand = weight.operand(self._device, self._dtype)
-        return Linear(operand, None if bias is None else bias.to(self._device))
+        return weight, bias
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read a norm's weight or an embedding, in its stored dtype.
 
+        EXL2 files repeat the weight of a norm over heads once per head; such copies count as the one that they are.
+
         Raises:
             CheckpointError: the tensor is missing, does not fit, or is not finite.
         """
+        if name in self._source and len(shape) == 1 and self._source.shape(name)[1:] == shape:
+            copies = take(self._source, name, (None, *shape), FLOATS, finite=True)
+            if not copies.shape[0] or bool((copies != copies[0]).any()):
+                raise self._source.error(name, f"must be one weight of shape {list(shape)} or copies of one")
+            return copies[0].to(self._device)
         return take(self._source, name, shape, FLOATS, finite=True).to(self._device)
+
+    def leftovers(self, prefix: str) -> list[str]:
+        """Return the tensors below `prefix` that were not read and should have been."""
+        return [name for name in self._source.unread() if name.startswith(prefix) and not name.endswith(_IGNORED)]
 
     def check_leftovers(self, prefix: str) -> None:
         """Raise if a tensor below `prefix` was not read.
@@ -349,7 +376,7 @@ class CheckpointParameters:
         Raises:
             CheckpointError: names the first such tensor.
         """
-        left = [name for name in self._source.unread() if name.startswith(prefix) and not name.endswith(_IGNORED)]
+        left = self.leftovers(prefix)
         if left:
             more = f"; {len(left) - 1} more are left over" if len(left) > 1 else ""
             raise self._source.error(left[0], f"nothing in this architecture uses the tensor{more}")

@@ -71,20 +71,17 @@ class MergedLinear:
 
     parts: tuple[Linear, ...]
     widths: tuple[int, ...]  # columns of the output per matrix that went in
+    order: (
+        Tensor | None
+    )  # [K] int32, of the input; None where those of the parts differ, which then reorder it themselves
 
     @classmethod
     def of(cls, parts: Sequence[Linear]) -> MergedLinear:
         """Join what can be joined: all parts or none."""
         widths = tuple(part.operand.out_features for part in parts)
         joined = join([part.operand for part in parts])
-        if joined is None:
-            return cls(tuple(parts), widths)
-        return cls((Linear(joined, _join_biases(parts)),), widths)
-
-    @property
-    def order(self) -> Tensor | None:
-        """Order of the input; None where parts differ, which then reorder it themselves."""
-        return self.parts[0].order if len(self.parts) == 1 else None
+        merged = tuple(parts) if joined is None else (Linear(joined, _join_biases(parts)),)
+        return cls(merged, widths, _shared_order(merged))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply.
@@ -99,12 +96,21 @@ class MergedLinear:
             return self.parts[0](x)
         y = x.new_empty(x.shape[0], sum(self.widths))
         for part, columns in zip(self.parts, self.split(y), strict=True):
-            part(x if part.order is None else gather_columns(x, part.order), out=columns)
+            order = part.order if self.order is None else None
+            part(x if order is None else gather_columns(x, order), out=columns)
         return y
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
         """Cut an output [T, sum of widths] into one view per matrix that went in."""
         return torch.split(y, list(self.widths), dim=1)
+
+
+def _shared_order(parts: Sequence[Linear]) -> Tensor | None:
+    """Return the order of the input if all parts have the same one."""
+    first = parts[0].order
+    if first is None or not all(part.order is not None and torch.equal(part.order, first) for part in parts):
+        return None
+    return first
 
 
 def _join_biases(parts: Sequence[Linear]) -> Tensor | None:

@@ -86,15 +86,8 @@ class Model:
         checkpoint = Checkpoint(path)
         config = read_config(checkpoint)
         device = _resolve_device(device)
-        resolved = _resolve_dtype(dtype, device, config)
-        has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
-        tokenizer = Tokenizer.load(checkpoint.path) if has_tokenizer else None
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise CheckpointError(
-                checkpoint.path / "tokenizer.json",
-                None,
-                f"has {tokenizer.vocab_size} tokens, but {name_map(config).embed}.weight only {config.vocab_size} rows",
-            )
+        resolved = resolve_dtype(dtype, device, config)
+        tokenizer = load_tokenizer(checkpoint, config)
         decoder = Decoder.load(checkpoint, config, device=device, dtype=resolved, comm=Alone())
         return cls(config, decoder, device=device, dtype=resolved, tokenizer=tokenizer)
 
@@ -174,6 +167,22 @@ class Model:
         return f"Model({self.config.model_type}, {size}, {dtype} on {self.device})"
 
 
+def load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer | None:
+    """Load the tokenizer beside a model; None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged, or has more tokens than the model.
+    """
+    file = checkpoint.path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    tokenizer = Tokenizer.load(checkpoint.path)
+    if tokenizer.vocab_size > config.vocab_size:
+        rows = f"{name_map(config).embed}.weight only {config.vocab_size} rows"
+        raise CheckpointError(file, None, f"has {tokenizer.vocab_size} tokens, but {rows}")
+    return tokenizer
+
+
 def _resolve_device(device: torch.device | str | None) -> torch.device:
     """Return the device to run on, after checking that there is one of its kind."""
     found = default_device()
@@ -190,7 +199,7 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device, config: ModelConfig) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device, config: ModelConfig) -> torch.dtype:
     """Return the dtype of the activations, after checking that the device serves it."""
     if dtype is None:
         if device.type == "cpu":

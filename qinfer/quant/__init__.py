@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qinfer.errors import UnsupportedError
-from qinfer.kernels.operand import DenseOperand, Operand, PlaneOperand
+from qinfer.kernels.operand import DenseOperand, Operand, PlaneOperand, SegmentedOperand
+from qinfer.quant.awq import AWQWeight, is_left_dense
+from qinfer.quant.compressed import CompressedWeight
+from qinfer.quant.compressed_scheme import group_of
 from qinfer.quant.dense import DenseWeight
-from qinfer.quant.gptq import GPTQWeight, options_of
+from qinfer.quant.exl2 import EXL2Weight
+from qinfer.quant.foreign import refuse_foreign
+from qinfer.quant.fp8 import FP8Weight
+from qinfer.quant.gptq import GPTQWeight
+from qinfer.quant.options import options_of
 from qinfer.quant.weight import Source, Weight
 
-__all__ = ["FORMATS", "DenseWeight", "GPTQWeight", "Source", "Weight", "join", "weight_class"]
+__all__ = [
+    "FORMATS",
+    "AWQWeight",
+    "CompressedWeight",
+    "DenseWeight",
+    "EXL2Weight",
+    "FP8Weight",
+    "GPTQWeight",
+    "Source",
+    "Weight",
+    "join",
+    "weight_class",
+    "without_padding",
+]
 
-FORMATS: dict[str, type[Weight]] = {"dense": DenseWeight, "gptq": GPTQWeight}
-MARKS = {"gptq": "qweight"}  # quant_method -> the tensor that every matrix of this format has
+FORMATS: dict[str, type[Weight]] = {
+    "dense": DenseWeight,
+    "gptq": GPTQWeight,
+    "awq": AWQWeight,
+    "compressed-tensors": CompressedWeight,
+    "fp8": FP8Weight,
+    "exl2": EXL2Weight,
+}
+# quant_method -> the tensor that every matrix of this format has
+MARKS = {
+    "gptq": "qweight",
+    "awq": "qweight",
+    "compressed-tensors": "weight_packed",
+    "fp8": "weight_scale_inv",
+    "exl2": "q_weight",
+}
+# quant_method -> whether the config leaves a module dense; it decides where a module is stored both ways
+LEFT_DENSE: dict[str, Callable[[Source, str], bool]] = {
+    "gptq": lambda source, name: options_of(source, name) is None,
+    "awq": is_left_dense,
+    "compressed-tensors": lambda source, name: group_of(source, name) is None,
+}
 
 
 def weight_class(quant_config: dict[str, Any] | None, name: str, source: Source) -> type[Weight]:
@@ -31,21 +71,34 @@ def weight_class(quant_config: dict[str, Any] | None, name: str, source: Source)
         source: the checkpoint.
 
     Raises:
-        UnsupportedError: the quantization method is not one of MARKS.
+        UnsupportedError: the quantization method is not one of MARKS, or the tensors are those of another format.
         CheckpointError: the module has neither quantized nor dense tensors.
     """
+    # Converters of EXL2 did not always write a config, or kept the one of the model they started from.
+    if f"{name}.{MARKS['exl2']}" in source:
+        return EXL2Weight
+    is_dense = f"{name}.weight" in source
     if quant_config is None:
+        refuse_foreign(source, name)
         return DenseWeight
     method = quant_config.get("quant_method")
     if not isinstance(method, str) or method not in MARKS:
         known = ", ".join(sorted(MARKS))
         raise UnsupportedError(f"quantization method {method!r} is not supported; what works: {known}, or none at all")
-    mark, is_dense = f"{name}.{MARKS[method]}", f"{name}.weight" in source
-    if is_dense and (mark not in source or options_of(source, name) is None):
-        return DenseWeight
+    mark = f"{name}.{MARKS[method]}"
+    # Asked in any case, because a config may also ask for something that concerns the whole model.
+    is_left = method in LEFT_DENSE and LEFT_DENSE[method](source, name)
     if mark in source:
-        return FORMATS[method]
+        return DenseWeight if is_left and is_dense else FORMATS[method]
+    refuse_foreign(source, name)
+    if is_dense:
+        return DenseWeight
     raise source.error(mark, "the tensor is missing, and there is no dense weight either")
+
+
+def without_padding(weight: Weight, out_features: int) -> Weight:
+    """Drop the columns that a format appends to whole words, if that is what makes a matrix wider than out_features."""
+    return weight.without_padding(out_features) if isinstance(weight, EXL2Weight) else weight
 
 
 def join(operands: Sequence[Operand]) -> Operand | None:
@@ -68,6 +121,9 @@ def join(operands: Sequence[Operand]) -> Operand | None:
     planes = [operand for operand in operands if isinstance(operand, PlaneOperand)]
     if len(dense) == len(operands):
         return _join_dense(dense)
+    segmented = [operand for operand in operands if isinstance(operand, SegmentedOperand)]
+    if len(segmented) == len(operands):
+        return _join_segmented(segmented)
     return _join_planes(planes) if len(planes) == len(operands) else None
 
 
@@ -95,6 +151,15 @@ def _join_planes(operands: Sequence[PlaneOperand]) -> PlaneOperand | None:
         in_features=first.in_features,
         order=first.order,
     )
+
+
+def _join_segmented(operands: Sequence[SegmentedOperand]) -> SegmentedOperand | None:
+    first = operands[0]
+    if len({len(o.segments) for o in operands}) > 1 or not all(_is_same_order(first.order, o.order) for o in operands):
+        return None
+    joined = [_join_planes(parts) for parts in zip(*(operand.segments for operand in operands), strict=True)]
+    segments = tuple(segment for segment in joined if segment is not None)
+    return SegmentedOperand(segments, first.order) if len(segments) == len(joined) else None
 
 
 def _is_same_order(a: Tensor | None, b: Tensor | None) -> bool:

@@ -2,50 +2,66 @@
 
     W[k, n] = (code[k, n] - zero[g, n]) * scales[g, n],   g = g_idx[k], or k // group_size where there is no g_idx
 
-    qweight  int32 [K * bits/32, N]               codes, a little-endian bit stream down each column
-    qzeros   int32 [ceil(K/group_size), N*bits/32]  zero points, the same kind of stream along each row
+    qweight  int32 [ceil(K * bits/32), N]                 codes, a little-endian bit stream down each column
+    qzeros   int32 [ceil(K/group_size), ceil(N*bits/32)]  zero points, the same kind of stream along each row
     scales   fp16 or bf16 [ceil(K/group_size), N]
-    g_idx    int32 [K]                             optional; one that is all zero beside several groups says nothing
-    bias     [N]                                   optional
+    g_idx    int32 [K]                                    optional; all zero beside several groups says nothing
+    bias     [N]                                          optional
 
-`checkpoint_format` "gptq" (also when absent) stores zero - 1, "gptq_v2" stores zero. Zero points are decoded one by
-one, so a stored 15 of the first kind means 16, as ExLlama reads it, and nothing carries into a neighbour.
+with 2, 3, 4 or 8 bits; 3-bit codes straddle words. Where codes end inside a word, K is the length of g_idx.
+
+`checkpoint_format` "gptq" (also when absent) stores zero - 1,
+"gptq_v2" stores zero. Zero points are decoded one by one, so the largest stored one of the first kind means 2^bits, as
+ExLlama reads it, and nothing carries into a neighbour.
 
 Act-order means a g_idx that is not k // group_size. The operand then holds the input features sorted by group, stably,
-and its `order` says which feature each one is. Groups of unequal sizes are served as long as the sorted features fall
-into whole runs of 32, 64 or a multiple of 128 per group; any other g_idx is refused when it is read.
+and its `order` says which feature each one is. Groups of unequal sizes are served as far as grouped.py can; any other
+g_idx is refused when it is read. What `desc_act` and `sym` say is not looked at: g_idx and the zero points decide.
 
 Sources: the quantize_config.json of AutoGPTQ and GPTQModel; ExLlamaV2's reading of g_idx and of the zero points.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, lcm
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from qinfer.errors import UnsupportedError
-from qinfer.kernels.operand import TILE_K, PlaneOperand
-from qinfer.kernels.packing import pack_planes, pack_stream, unpack_stream
+from qinfer.kernels.operand import PlaneOperand
+from qinfer.kernels.packing import pack_stream, unpack_stream
+from qinfer.quant.grouped import (
+    GROUP_SIZES,
+    HALVES,
+    Runs,
+    features_per_group,
+    find_runs,
+    group_of_feature,
+    is_group_size,
+    matrix,
+    num_groups,
+    plane_operand,
+    sequential_groups,
+)
+from qinfer.quant.options import options_of, read_bits, read_group_size
 from qinfer.quant.rtn import round_to_nearest
-from qinfer.quant.weight import Dim, Source, check_cut, take, take_bias
+from qinfer.quant.weight import Dim, Source, check_cut, check_matrix, take, take_bias
 
-BITS = (4,)
+BITS = (2, 3, 4, 8)
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what to add to a stored zero point
-FEATURES_STEP = 32  # K is a multiple of it in every width, and so are the cuts along K
+SINGLE_GROUP_STEP = 32  # features between the cuts inside a single group
 
 
 @dataclass(frozen=True)
 class GPTQWeight:
     """A matrix in GPTQ's layout."""
 
-    qweight: Tensor  # [K * bits/32, N] int32
-    qzeros: Tensor  # [groups, N * bits/32] int32
+    qweight: Tensor  # [ceil(K * bits/32), N] int32
+    qzeros: Tensor  # [groups, ceil(N * bits/32)] int32
     scales: Tensor  # [groups, N] fp16 or bf16
     g_idx: Tensor | None  # [K] int32
     bias: Tensor | None  # [N]
@@ -56,7 +72,8 @@ class GPTQWeight:
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)."""
-        return self.qweight.shape[0] * 32 // self.bits, self.qweight.shape[1]
+        rows, out_features = self.qweight.shape
+        return rows * 32 // self.bits if self.g_idx is None else self.g_idx.shape[0], out_features
 
     @property
     def quant_config(self) -> dict[str, Any]:
@@ -80,28 +97,24 @@ class GPTQWeight:
             UnsupportedError: bits, group size, checkpoint_format or pack_dtype are not served.
         """
         bits, group_size, zero_offset = _read_options(source, name)
+        _check_bits(source, name, bits)
         qweight = take(source, f"{name}.qweight", (None, None), (torch.int32,))
-        in_features, out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
-        if in_features % FEATURES_STEP or out_features % _step_of(bits):
-            raise UnsupportedError(
-                f"{name} maps {in_features} to {out_features} features; {bits}-bit GPTQ works for a multiple of "
-                f"{FEATURES_STEP} to a multiple of {_step_of(bits)}"
-            )
-        num_groups = _num_groups(in_features, group_size)
-        qzeros = take(source, f"{name}.qzeros", (num_groups, out_features * bits // 32), (torch.int32,))
-        halves = (torch.float16, torch.bfloat16)
-        scales = take(source, f"{name}.scales", (num_groups, out_features), halves, finite=True)
+        rows, out_features = qweight.shape
+        in_features = _in_features(source, name, bits, rows)
+        groups = num_groups(in_features, group_size)
+        qzeros = take(source, f"{name}.qzeros", (groups, -(-out_features * bits // 32)), (torch.int32,))
+        scales = take(source, f"{name}.scales", (groups, out_features), HALVES, finite=True)
         g_idx = None
         if f"{name}.g_idx" in source:
             g_idx = take(source, f"{name}.g_idx", (in_features,), (torch.int32,))
-            if in_features and (int(g_idx.min()) < 0 or int(g_idx.max()) >= num_groups):
+            if in_features and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
                 bad = int(g_idx.min()) if int(g_idx.min()) < 0 else int(g_idx.max())
-                raise source.error(f"{name}.g_idx", f"groups must be 0 to {num_groups - 1}, got {bad}")
+                raise source.error(f"{name}.g_idx", f"groups must be 0 to {groups - 1}, got {bad}")
         bias = take_bias(source, name, out_features)
         weight = cls(qweight, qzeros, scales, g_idx, bias, bits, group_size, zero_offset)
         if weight._runs() is None:
-            sizes = sorted(set(torch.bincount(weight.groups(), minlength=num_groups).tolist()))
-            problem = f"the groups of group_size {group_size} have {sizes} features; kernels need whole runs of 32"
+            sizes = sorted(set(torch.bincount(weight.groups(), minlength=groups).tolist()))
+            problem = f"the groups of group_size {group_size} have {sizes} features; kernels need whole runs of 16"
             raise source.error(f"{name}.g_idx", problem)
         return weight
 
@@ -126,9 +139,9 @@ class GPTQWeight:
         """Round a matrix to nearest, with a small search for the step of each group (rtn.py).
 
         Args:
-            w: [K, N] floating point, K a multiple of 32, N a multiple of 8.
-            bits: 4.
-            group_size: 32, 64, a multiple of 128, or -1 for one group.
+            w: [K, N] floating point.
+            bits: 2, 3, 4 or 8.
+            group_size: 16, a multiple of 32, or -1 for one group.
             symmetric: every zero point is the middle code.
             act_order: [K] a permutation of the input features; consecutive runs of it become the groups.
             zero_format: "gptq" or "gptq_v2", see the module; "gptq" avoids the zero point 0, which it cannot store.
@@ -142,15 +155,16 @@ class GPTQWeight:
             raise ValueError(f"bits must be one of {list(BITS)}, got {bits}")
         if zero_format not in ZERO_OFFSETS:
             raise ValueError(f"zero_format must be one of {list(ZERO_OFFSETS)}, got {zero_format!r}")
-        if not _is_group_size(group_size):
-            raise ValueError(f"group_size must be 32, 64, a multiple of 128 or -1, got {group_size}")
-        if w.dim() != 2 or w.shape[0] % FEATURES_STEP or w.shape[1] % _step_of(bits):
-            steps = f"multiples of {FEATURES_STEP} and {_step_of(bits)}"
-            raise ValueError(f"w must be [K, N] with {steps}, got shape {list(w.shape)}")
+        if not is_group_size(group_size):
+            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
+        check_matrix(w)
         zero_offset, g_idx = ZERO_OFFSETS[zero_format], None
         grouped = w
+        if act_order is None and w.shape[0] % _step_of(bits):
+            # Only g_idx can tell where the codes end.
+            act_order = torch.arange(w.shape[0])
         if act_order is not None:
-            g_idx = _group_of_feature(act_order, w.shape[0], group_size)
+            g_idx = group_of_feature(act_order, w.shape[0], group_size)
             grouped = w[act_order.long()]
         codes, scales, zeros = round_to_nearest(
             grouped, bits=bits, group_size=group_size, symmetric=symmetric, lowest_zero=zero_offset
@@ -170,40 +184,38 @@ class GPTQWeight:
 
     def groups(self) -> Tensor:
         """Return [K] int64, the group of each input feature."""
-        in_features = self.shape[0]
         if self.g_idx is not None and (self.scales.shape[0] <= 1 or bool(self.g_idx.any())):
             return self.g_idx.long()
-        return torch.arange(in_features, device=self.qweight.device) // self._features_per_group()
+        return sequential_groups(self.shape[0], self.group_size)
 
     def dequantize(self) -> Tensor:
         """Return W [K, N] in fp32, input features in their original order."""
-        groups = self.groups()
-        return (self.codes().float() - self.zeros().float()[groups]) * self.scales.float()[groups]
+        return matrix(self.codes(), self.zeros(), self.scales, bits=self.bits, groups=self.groups())
 
     def cuts(self, dim: Dim) -> Sequence[int]:
         """Return where words end (out) or groups end (in); a matrix in act-order may not be cut along its input."""
         in_features, out_features = self.shape
         if dim == "out":
-            return range(0, out_features + 1, _step_of(self.bits))
+            return (*range(0, out_features, _step_of(self.bits)), out_features)
         if not self._is_sequential():
             return ()
         # A single group may be cut inside, because every part keeps its one scale.
-        step = FEATURES_STEP if self.scales.shape[0] <= 1 else self._features_per_group()
-        return (*range(0, in_features, step), in_features)
+        rows = SINGLE_GROUP_STEP if self.scales.shape[0] <= 1 else self.group_size
+        return (*range(0, in_features, lcm(rows, _step_of(self.bits))), in_features)
 
     def slice(self, dim: Dim, start: int, stop: int) -> Self:
         """Return the part between two cuts."""
         check_cut(self.cuts(dim), dim, start, stop)
-        words = slice(start * self.bits // 32, stop * self.bits // 32)
+        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
         if dim == "out":
             return replace(
                 self,
                 qweight=self.qweight[:, start:stop].contiguous(),
-                qzeros=self.qzeros[:, words].contiguous(),
+                qzeros=self.qzeros[:, words if stop > start else slice(0, 0)].contiguous(),
                 scales=self.scales[:, start:stop].contiguous(),
                 bias=None if self.bias is None else self.bias[start:stop],
             )
-        rows = self._features_per_group()
+        rows = features_per_group(self.shape[0], self.group_size)
         first = start // rows
         last = -(-stop // rows) if stop > start else first
         g_idx = None if self.g_idx is None else self.g_idx[start:stop]
@@ -221,51 +233,20 @@ class GPTQWeight:
         """Return the codes in planes, sorted by group; scales stay as they are stored, whatever the activations are.
 
         Raises:
-            ValueError: the groups of g_idx have no whole runs of 32 features (`read` refuses such a matrix).
+            ValueError: the groups of g_idx have no whole runs of 16 features (`read` refuses such a matrix).
         """
         runs = self._runs()
         if runs is None:
-            raise ValueError("groups must be whole runs of 32, 64 or a multiple of 128 features after sorting")
-        order, run, groups = runs
+            raise ValueError("groups must be whole runs of 16 features after sorting")
         codes = unpack_stream(self.qweight.to(device), self.bits, self.shape[0], 0)
-        if order is not None:
-            order = order.to(device)
-            codes = codes[order]
-        offsets = (self.zeros() - (1 << (self.bits - 1))).to(torch.int8)
-        return PlaneOperand(
-            planes=(pack_planes(codes, bits=self.bits),),
-            scales=self.scales[groups].to(device),
-            offsets=offsets[groups].to(device) if bool(offsets.any()) else None,
-            bits=self.bits,
-            group_size=run,
-            in_features=self.shape[0],
-            order=None if order is None else order.to(torch.int32),
-        )
-
-    def _features_per_group(self) -> int:
-        return max(self.shape[0], 1) if self.group_size == -1 else self.group_size
+        return plane_operand(codes, self.zeros(), self.scales, bits=self.bits, runs=runs)
 
     def _is_sequential(self) -> bool:
         """Say whether feature k belongs to group k // group_size."""
-        groups = self.groups()
-        return torch.equal(groups, torch.arange(self.shape[0], device=groups.device) // self._features_per_group())
+        return torch.equal(self.groups().cpu(), sequential_groups(self.shape[0], self.group_size))
 
-    def _runs(self) -> tuple[Tensor | None, int, Tensor] | None:
-        """Sort the features by group and cut them into equal runs, each within one group.
-
-        Returns:
-            The order [K] int64, None where sorting changes nothing; the length of a run, which is the operand's
-            group_size; the group of each run [ceil(K/run)] int64. None where not even runs of 32 do.
-        """
-        in_features, groups = self.shape[0], self.groups()
-        by_group, order = torch.sort(groups, stable=True)
-        longest = -(-max(in_features, 1) // TILE_K) * TILE_K if self.group_size == -1 else self.group_size
-        for run in (longest, *(size for size in (128, 64, 32) if size < longest)):
-            starts = by_group[::run]
-            if torch.equal(starts.repeat_interleave(run)[:in_features], by_group):
-                is_identity = torch.equal(order, torch.arange(in_features, device=order.device))
-                return None if is_identity else order, run, starts
-        return None
+    def _runs(self) -> Runs | None:
+        return find_runs(self.groups(), self.group_size)
 
 
 def _step_of(bits: int) -> int:
@@ -273,50 +254,36 @@ def _step_of(bits: int) -> int:
     return 32 // gcd(32, bits)
 
 
-def _num_groups(in_features: int, group_size: int) -> int:
-    return min(in_features, 1) if group_size == -1 else -(-in_features // group_size)
+def _in_features(source: Source, name: str, bits: int, rows: int) -> int:
+    """Return K: the length of g_idx if there is one, else what the rows of qweight hold."""
+    g_idx, unit = f"{name}.g_idx", bits // gcd(32, bits)
+    length = source.shape(g_idx)[0] if g_idx in source and len(source.shape(g_idx)) == 1 else None
+    if length is not None and -(-length * bits // 32) == rows:
+        return length
+    if rows % unit:
+        known = "without g_idx" if length is None else f"beside a g_idx of {length} features"
+        raise source.error(f"{name}.qweight", f"{bits}-bit codes {known} must fill whole words, got {rows} rows")
+    return rows * 32 // bits
 
 
-def _is_group_size(group_size: int) -> bool:
-    return group_size in (-1, 32, 64) or (group_size > 0 and group_size % TILE_K == 0)
-
-
-def _group_of_feature(act_order: Tensor, in_features: int, group_size: int) -> Tensor:
-    """Return g_idx [K] int32 for features that were grouped in the order act_order."""
-    positions = torch.arange(in_features, device=act_order.device)
-    if act_order.shape != (in_features,) or not torch.equal(act_order.long().sort().values, positions):
-        raise ValueError(f"act_order must hold each of {in_features} features once, got shape {list(act_order.shape)}")
-    groups = positions // (max(in_features, 1) if group_size == -1 else group_size)
-    return torch.empty_like(groups).index_copy_(0, act_order.long(), groups).to(torch.int32)
-
-
-def options_of(source: Source, name: str) -> dict[str, Any] | None:
-    """Return the options that hold for one module, its `dynamic` overrides applied; None: it is not quantized.
-
-    `dynamic` maps patterns to overrides. The first pattern that matches from the start of the name counts; "-:" before
-    a pattern excludes the modules that match, "+:" or nothing changes their options.
+def _check_bits(source: Source, name: str, bits: int) -> None:
+    """Raise where the zero points beside the scales have another width than the options say.
 
     Raises:
-        CheckpointError: `dynamic` is malformed.
+        CheckpointError: names the width that the shapes stand for.
     """
-    config = source.quant_config or {}
-    dynamic = config.get("dynamic") or {}
-    if not isinstance(dynamic, dict):
-        raise source.error(None, f"quantization_config.dynamic must be an object, got {dynamic!r}")
-    for key, overrides in dynamic.items():
-        pattern = key[2:] if key[:2] in ("-:", "+:") else key
-        try:
-            matches = re.match(pattern, name) is not None
-        except re.error as error:
-            problem = f"quantization_config.dynamic has the invalid pattern {key!r}: {error}"
-            raise source.error(None, problem) from error
-        if matches and key.startswith("-:"):
-            return None
-        if matches:
-            if not isinstance(overrides, dict):
-                raise source.error(None, f"quantization_config.dynamic[{key!r}] must be an object, got {overrides!r}")
-            return {**config, **overrides}
-    return config
+    zeros, scales = f"{name}.qzeros", f"{name}.scales"
+    if zeros not in source or scales not in source:
+        return
+    if len(source.shape(zeros)) != 2 or len(source.shape(scales)) != 2:
+        return
+    words, out_features = source.shape(zeros)[1], source.shape(scales)[1]
+    # Few columns fill as many words in several widths; then the one that fills them entirely is the likely one.
+    stored = [width for width in BITS if words == -(-out_features * width // 32)]
+    if stored and bits not in stored:
+        likely = next((width for width in stored if words * 32 == out_features * width), stored[0])
+        problem = f"its shape beside that of the scales stands for {likely} bits, quantization_config says {bits}"
+        raise source.error(zeros, problem)
 
 
 def _read_options(source: Source, name: str) -> tuple[int, int, int]:
@@ -324,21 +291,11 @@ def _read_options(source: Source, name: str) -> tuple[int, int, int]:
     options = options_of(source, name)
     if options is None:
         raise source.error(f"{name}.qweight", "quantization_config.dynamic says that this module is not quantized")
-    values = []
-    for key in ("bits", "group_size"):
-        value = options.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise source.error(None, f"quantization_config.{key} must be an integer for GPTQ, got {value!r}")
-        values.append(value)
-    bits, group_size = values
-    if bits not in BITS:
-        raise UnsupportedError(f"{name} has {bits}-bit GPTQ weights; bits that work: {', '.join(map(str, BITS))}")
-    if not _is_group_size(group_size):
-        raise UnsupportedError(f"{name} has GPTQ group_size {group_size}; what works: 32, 64, multiples of 128, -1")
     layout = options.get("checkpoint_format") or options.get("format") or "gptq"
     if layout not in ZERO_OFFSETS:
         raise UnsupportedError(f"GPTQ checkpoint_format {layout!r} is unknown; what works: {', '.join(ZERO_OFFSETS)}")
     pack_dtype = options.get("pack_dtype") or "int32"
     if pack_dtype not in ("int32", "torch.int32"):
         raise UnsupportedError(f"GPTQ pack_dtype {pack_dtype!r} is unknown; what works: int32")
-    return bits, group_size, ZERO_OFFSETS[layout]
+    bits = read_bits(source, name, options, "GPTQ", BITS)
+    return bits, read_group_size(source, name, options, "GPTQ"), ZERO_OFFSETS[layout]

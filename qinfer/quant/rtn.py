@@ -46,7 +46,8 @@ def round_to_nearest(
     if group_size < 1 and group_size != -1:
         raise ValueError(f"group_size must be positive or -1, got {group_size}")
     in_features, out_features = w.shape
-    rows = max(in_features, 1) if group_size == -1 else group_size
+    rows = max(in_features, 1)
+    rows = rows if group_size == -1 else min(group_size, rows)
     num_groups = -(-in_features // rows)
     # Zeros are exact in every group, so padding the last group with them changes neither its range nor its error.
     padded = torch.zeros(num_groups * rows, out_features, dtype=torch.float32, device=w.device)

@@ -147,7 +147,8 @@ def take_bias(source: Source, name: str, out_features: int) -> Tensor | None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Say whether every element is a number; looks at the extremes only, which costs one pass and no memory."""
-    if not tensor.numel():
+    # A meta tensor stands for one whose values nobody reads, as when only headers are looked at.
+    if not tensor.numel() or tensor.is_meta:
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 

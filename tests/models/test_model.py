@@ -115,7 +115,7 @@ DAMAGES = [
     (put(f"{LAYER}.mlp.up_proj.bias", torch.ones(128)), f"{LAYER}.mlp.up_proj.bias", "must be absent or zero"),
     (put(f"{LAYER}.self_attn.q_norm.weight", torch.ones(16)), f"{LAYER}.self_attn.q_norm.weight", "nothing"),
     (put("model.layers.2.input_layernorm.weight", torch.ones(64)), "model.layers.2.input_layernorm.weight", "nothing"),
-    (put(f"{LAYER}.mlp.up_proj.weight_scale", torch.ones(1)), f"{LAYER}.mlp.up_proj.weight_scale", "nothing"),
+    (put(f"{LAYER}.mlp.up_proj.temperature", torch.ones(1)), f"{LAYER}.mlp.up_proj.temperature", "nothing"),
 ]  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_token_ids_of_any_kind(llama: Model) -> None:
 )
 def test_dtype(llama: Model, device: str, stored: str, asked: Any, dtype: torch.dtype) -> None:
     config = replace_dtype(llama.config, stored)
-    assert model_module._resolve_dtype(asked, torch.device(device), config) == dtype
+    assert model_module.resolve_dtype(asked, torch.device(device), config) == dtype
 
 
 def replace_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -195,7 +195,7 @@ def replace_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
 )
 def test_unsupported_dtype(llama: Model, device: str, asked: Any, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        model_module._resolve_dtype(asked, torch.device(device), llama.config)
+        model_module.resolve_dtype(asked, torch.device(device), llama.config)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qinfer.quant import GPTQWeight
+from qinfer.errors import CheckpointError
+from qinfer.quant import GPTQWeight, join
 from tests.quant.memory_source import MemorySource
-from tests.quant.test_format_laws import CPU, matrix_of
+from tests.quant.operand_matrix import operand_matrix as matrix_of
 from tests.strategies import random_tensor
 
+CPU = torch.device("cpu")
 VECTORS = Path(__file__).parents[1] / "vectors"
 
 
@@ -141,12 +143,14 @@ def test_act_order_forbids_cuts_along_the_input() -> None:
 @pytest.mark.parametrize(
     ("sizes", "group_size", "run"),
     [
+        ((48, 16, 32), 32, 16),
         ((64, 64, 32), 64, 64),  # the last group is short, as in every file whose K is no multiple of the group
         ((32, 96), 64, 32),
         ((128, 0, 256), 128, 128),
         ((64, 192), 128, 64),
         ((96, 64), 128, 32),
-        ((100,), 128, 128),
+        ((96,), 1024, 256),  # no run is longer than K needs, whatever a file says
+        ((160, 160), 160, 160),
     ],
 )
 def test_groups_of_unequal_sizes_in_whole_runs_are_exact(sizes: tuple[int, ...], group_size: int, run: int) -> None:
@@ -167,7 +171,8 @@ def test_groups_of_unequal_sizes_in_whole_runs_are_exact(sizes: tuple[int, ...],
 
 
 @pytest.mark.parametrize(
-    ("in_features", "group_size", "expected"), [(96, -1, 128), (128, -1, 128), (160, -1, 256), (64, 128, 128)]
+    ("in_features", "group_size", "expected"),
+    [(96, -1, 256), (256, -1, 256), (288, -1, 512), (64, 128, 128), (64, 2**40, 256)],
 )
 def test_one_group_covers_the_padding(in_features: int, group_size: int, expected: int) -> None:
     weight = GPTQWeight.quantize(random_tensor(in_features, 8, seed=4), group_size=group_size)
@@ -200,3 +205,99 @@ def test_act_order_groups_the_features_it_names() -> None:
     ordered = GPTQWeight.quantize(w, group_size=32, act_order=order)
     assert torch.equal(ordered.dequantize()[order], GPTQWeight.quantize(w[order], group_size=32).dequantize())
     assert not torch.equal(ordered.dequantize(), GPTQWeight.quantize(w, group_size=32).dequantize())
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "words"),
+    [
+        (2, [3, 0, 1, 2] * 4, [word(0b10_01_00_11_10_01_00_11_10_01_00_11_10_01_00_11)]),
+        # Codes 10 and 21 straddle: 7 at bits 30 .. 32 and again at bits 63 .. 65.
+        (3, [0] * 10 + [7] + [0] * 10 + [7] + [0] * 10, [word(0b11 << 30), word(1 << 31 | 1), 0b11]),
+        (8, [0x12, 0x34, 0x56, 0xF8], [word(0xF8563412)]),
+    ],
+)
+def test_the_stream_of_each_width_by_hand(bits: int, codes: list[int], words: list[int]) -> None:
+    stored = {
+        "qweight": torch.tensor(words, dtype=torch.int32)[:, None].repeat(1, 32),
+        "qzeros": torch.zeros(1, bits, dtype=torch.int32),
+        "scales": torch.ones(1, 32, dtype=torch.float16),
+    }
+    for layout, zero in (("gptq_v2", 0), ("gptq", 1)):
+        weight = read(stored, bits=bits, group_size=-1, checkpoint_format=layout)
+        assert weight.dequantize()[:, 7].tolist() == [code - zero for code in codes]
+        assert torch.equal(matrix_of(weight.operand(CPU, torch.float32)), weight.dequantize())
+
+
+# Written by GPTQModel 7.6.0 on a CPU: for random codes, zero points (1 .. 2^b - 1) and scales, in an environment with
+# torch 2.13, `TorchLinear(bits, group_size, sym, desc_act, ..., pack_dtype=torch.int32).pack_original(linear, scales,
+# zeros, g_idx)` gives qweight, scales, g_idx and qzeros_v2; `convert_gptq_v2_to_v1_format_module` turns those into
+# qzeros_v1; `dequantize_weight()` is its own reading.
+GPTQMODEL = np.load(VECTORS / "gptqmodel.npz")
+CASES = sorted({key.partition(".")[0] for key in GPTQMODEL.files})
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_gptqmodel_writes(case: str, checkpoint_format: str) -> None:
+    bits, group_size, symmetry, order = case.split("_")
+    vector = {key.partition(".")[2]: torch.from_numpy(GPTQMODEL[key]) for key in GPTQMODEL.files if f"{case}." in key}
+    qzeros = vector["qzeros_v1" if checkpoint_format == "gptq" else "qzeros_v2"]
+    stored = {"qweight": vector["qweight"], "qzeros": qzeros, "scales": vector["scales"], "g_idx": vector["g_idx"]}
+    options = {"bits": int(bits), "group_size": int(group_size), "checkpoint_format": checkpoint_format}
+    weight = read(stored, **options)
+    assert torch.equal(weight.dequantize().half(), vector["dequantized"])
+    assert weight.quant_config["sym"] is (symmetry == "sym")
+    assert weight.quant_config["desc_act"] is (order == "act")
+    operand = weight.operand(CPU, torch.float32)
+    assert operand.group_size == (256 if group_size == "-1" else int(group_size))
+    assert (operand.order is not None) is (order == "act")
+    assert torch.equal(matrix_of(operand), weight.dequantize())
+
+
+def test_gptqmodel_covers_every_width() -> None:
+    assert {case.partition("_")[0] for case in CASES} == {"2", "3", "4", "8"}
+
+
+def test_an_offset_of_128_takes_wider_integers() -> None:
+    # A stored 255 of the first format means 256, that is 128 more than the middle.
+    stored = {
+        "qweight": torch.zeros(8, 4, dtype=torch.int32),
+        "qzeros": torch.tensor([[word(0xFF7F00FF)]], dtype=torch.int32),
+        "scales": torch.ones(1, 4, dtype=torch.float16),
+    }
+    weight = read(stored, bits=8)
+    assert weight.zeros().tolist() == [[256, 1, 128, 256]]
+    wide = weight.operand(CPU, torch.float32)
+    assert wide.offsets is not None
+    assert (wide.offsets.dtype, wide.offsets.tolist()) == (torch.int16, [[128, -127, 0, 128]])
+    assert torch.equal(matrix_of(wide), weight.dequantize())
+    narrow = read({**stored, "qzeros": torch.tensor([[word(0xFE7F00FE)]], dtype=torch.int32)}, bits=8)
+    narrow_operand = narrow.operand(CPU, torch.float32)
+    assert narrow_operand.offsets is not None
+    assert narrow_operand.offsets.dtype == torch.int8
+    both = join([narrow_operand, wide])
+    assert both is not None
+    assert torch.equal(matrix_of(both), torch.cat([narrow.dequantize(), weight.dequantize()], dim=1))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_that_end_inside_a_word_need_g_idx(bits: int) -> None:
+    weight = GPTQWeight.quantize(random_tensor(67, 8, seed=1), bits=bits, group_size=32)
+    assert weight.qweight.shape[0] == -(-67 * bits // 32)
+    assert weight.shape == (67, 8)
+    tensors = weight.tensors()
+    assert torch.equal(read(tensors, bits=bits).dequantize(), weight.dequantize())
+    del tensors["g_idx"]
+    if bits == 3:
+        with pytest.raises(CheckpointError, match="without g_idx must fill whole words, got 7 rows"):
+            read(tensors, bits=bits)
+    else:
+        # Nothing contradicts the features that the words have room for.
+        assert read(tensors, bits=bits).shape[0] == weight.qweight.shape[0] * 32 // bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_more_bits_err_less(bits: int) -> None:
+    w = random_tensor(64, 16, seed=8)
+    error = (GPTQWeight.quantize(w, bits=bits, group_size=32).dequantize() - w).square().mean().sqrt()
+    assert error < {2: 0.6, 3: 0.25, 4: 0.11, 8: 0.006}[bits]

@@ -34,19 +34,20 @@ DAMAGE: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
     ("qweight", lambda t: t.reshape(-1), r"shape must be \[any, any\], got \[256\]"),
     ("qweight", lambda t: t.to(torch.int64), "dtype must be int32, got int64"),
     ("qzeros", lambda t: t[:-1], r"shape must be \[4, 2\], got \[3, 2\]"),
-    ("qzeros", lambda t: t.repeat(1, 2), r"shape must be \[4, 2\], got \[4, 4\]"),
+    ("qzeros", lambda t: t.repeat(1, 2), "stands for 8 bits, quantization_config says 4"),
+    ("qzeros", lambda t: t.repeat(1, 3), r"shape must be \[4, 2\], got \[4, 6\]"),
     ("qzeros", lambda t: t.to(torch.int16), "dtype must be int32, got int16"),
     ("scales", lambda t: t.T.contiguous(), r"shape must be \[4, 16\], got \[16, 4\]"),
     ("scales", lambda t: t.float(), "dtype must be float16 or bfloat16, got float32"),
     ("scales", lambda t: set_to(t, (2, 3), float("nan")), "NaN or infinite"),
     ("scales", lambda t: set_to(t, (0, 0), float("inf")), "NaN or infinite"),
     ("scales", lambda t: set_to(t, (3, 15), float("-inf")), "NaN or infinite"),
-    ("g_idx", lambda t: t[1:], r"shape must be \[128\], got \[127\]"),
+    ("g_idx", lambda t: t[8:], r"shape must be \[128\], got \[120\]"),
     ("g_idx", lambda t: t.float(), "dtype must be int32, got float32"),
     ("g_idx", lambda t: set_to(t, 5, 4), "groups must be 0 to 3, got 4"),
     ("g_idx", lambda t: set_to(t, 5, -1), "groups must be 0 to 3, got -1"),
     ("g_idx", lambda t: set_to(t, 5, 2**31 - 1), "groups must be 0 to 3, got 2147483647"),
-    ("g_idx", lambda t: set_to(t, 127, 1), r"\[31, 32, 33\] features; kernels need whole runs of 32"),
+    ("g_idx", lambda t: set_to(t, 127, 1), r"\[31, 32, 33\] features; kernels need whole runs of 16"),
     ("bias", lambda t: t[:8], r"shape must be \[16\], got \[8\]"),
     ("bias", lambda t: t.to(torch.int32), "dtype must be float16 or bfloat16 or float32"),
     ("bias", lambda t: set_to(t, 0, float("nan")), "NaN or infinite"),
@@ -78,15 +79,18 @@ def test_a_missing_tensor_is_named(suffix: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"bits": 3}, UnsupportedError, "3-bit GPTQ weights; bits that work: 4"),
-        ({"bits": 8}, UnsupportedError, "bits that work: 4"),
-        ({"bits": "4"}, CheckpointError, "bits must be an integer for GPTQ, got '4'"),
+        ({"bits": 2}, CheckpointError, "stands for 4 bits, quantization_config says 2"),
+        ({"bits": 3}, CheckpointError, "3-bit codes beside a g_idx of 128 features must fill whole words, got 16 rows"),
+        ({"bits": 8}, CheckpointError, r"q_proj\.qzeros: .* stands for 4 bits, quantization_config says 8"),
+        ({"bits": 5}, UnsupportedError, "5-bit GPTQ weights; bits that work: 2, 3, 4, 8"),
+        ({"bits": 16}, UnsupportedError, "bits that work: 2, 3, 4, 8"),
+        ({"bits": "4"}, CheckpointError, "bits must be an integer, got '4'"),
         ({"bits": None}, CheckpointError, "bits must be an integer"),
         ({"bits": True}, CheckpointError, "bits must be an integer"),
         ({"group_size": None}, CheckpointError, "group_size must be an integer"),
-        ({"group_size": 0}, UnsupportedError, "what works: 32, 64, multiples of 128, -1"),
-        ({"group_size": 96}, UnsupportedError, "what works: 32, 64, multiples of 128, -1"),
-        ({"group_size": -128}, UnsupportedError, "what works: 32, 64, multiples of 128, -1"),
+        ({"group_size": 0}, UnsupportedError, "what works: 16, multiples of 32, -1"),
+        ({"group_size": 48}, UnsupportedError, "what works: 16, multiples of 32, -1"),
+        ({"group_size": -128}, UnsupportedError, "what works: 16, multiples of 32, -1"),
         ({"group_size": 64}, CheckpointError, r"qzeros: shape must be \[2, 2\], got \[4, 2\]"),
         ({"checkpoint_format": "marlin"}, UnsupportedError, "'marlin' is unknown; what works: gptq, gptq_v2"),
         ({"checkpoint_format": None, "format": "gptq_p"}, UnsupportedError, "'gptq_p' is unknown"),
@@ -94,7 +98,8 @@ def test_a_missing_tensor_is_named(suffix: str) -> None:
         ({"dynamic": ["k_proj"]}, CheckpointError, "dynamic must be an object"),
         ({"dynamic": {"+:(": {}}}, CheckpointError, "invalid pattern"),
         ({"dynamic": {".*": 8}}, CheckpointError, "must be an object, got 8"),
-        ({"dynamic": {r"+:.*\.q_proj": {"bits": 8}}}, UnsupportedError, "8-bit GPTQ weights"),
+        ({"dynamic": {r"+:.*\.q_proj": {"bits": 8}}}, CheckpointError, "quantization_config says 8"),
+        ({"dynamic": {r"+:.*\.q_proj": {"bits": 7}}}, UnsupportedError, "7-bit GPTQ weights"),
         ({"dynamic": {r"-:.*\.q_proj": {}}}, CheckpointError, "says that this module is not quantized"),
     ],
 )
@@ -105,18 +110,16 @@ def test_options_that_do_not_work(options: dict[str, Any], error: type[Exception
         GPTQWeight.read(MemorySource(good.stored, {**good.quant_config, **options}), NAME)
 
 
-@pytest.mark.parametrize(("in_features", "out_features"), [(40, 8), (32, 12)])
-def test_sizes_that_do_not_work(in_features: int, out_features: int) -> None:
-    stored = {f"{NAME}.qweight": torch.zeros(in_features // 8, out_features, dtype=torch.int32)}
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    with pytest.raises(UnsupportedError, match="works for a multiple of 32 to a multiple of 8"):
-        GPTQWeight.read(MemorySource(stored, config), NAME)
-
-
 def test_dynamic_overrides_reach_the_modules_that_match() -> None:
     good = source()
     assert good.quant_config is not None
-    dynamic = {r".*\.v_proj": {"bits": 8}, r"+:model\.layers\.0\..*": {"group_size": 32}, ".*": {"bits": 2}}
+    # A pattern has to match from the start of the name, and the first that does counts.
+    dynamic = {
+        "q_proj": {"bits": 7},
+        r".*\.v_proj": {"bits": 8},
+        r"+:model\.layers\.0\..*": {"group_size": 32},
+        ".*": {"bits": 2},
+    }
     read = GPTQWeight.read(
         MemorySource(good.stored, {**good.quant_config, "group_size": 128, "dynamic": dynamic}), NAME
     )
@@ -157,9 +160,10 @@ def test_weight_class_looks_at_the_method_and_at_the_tensors() -> None:
         weight_class(gptq, "m", MemorySource({"m.scales": dense}, gptq))
 
 
-@pytest.mark.parametrize("method", ["awq", "exl2", "dense", None, ["gptq"]])
+@pytest.mark.parametrize("method", ["hqq", "mxfp4", "dense", None, ["gptq"]])
 def test_an_unknown_method_says_what_works(method: object) -> None:
-    with pytest.raises(UnsupportedError, match="is not supported; what works: gptq, or none at all") as caught:
+    works = "awq, compressed-tensors, exl2, fp8, gptq, or none at all"
+    with pytest.raises(UnsupportedError, match=f"is not supported; what works: {works}") as caught:
         weight_class({"quant_method": method}, "m", MemorySource({}))
     assert repr(method) in str(caught.value)
 
@@ -167,11 +171,9 @@ def test_an_unknown_method_says_what_works(method: object) -> None:
 @pytest.mark.parametrize(
     ("options", "shape", "text"),
     [
-        ({"bits": 3}, (64, 8), r"bits must be one of \[4\], got 3"),
-        ({"group_size": 48}, (64, 8), "group_size must be 32, 64, a multiple of 128 or -1, got 48"),
+        ({"bits": 5}, (64, 8), r"bits must be one of \[2, 3, 4, 8\], got 5"),
+        ({"group_size": 48}, (64, 8), "group_size must be one of 16, multiples of 32, -1, got 48"),
         ({"zero_format": "v3"}, (64, 8), "zero_format must be one of"),
-        ({}, (40, 8), r"multiples of 32 and 8, got shape \[40, 8\]"),
-        ({}, (64, 12), r"multiples of 32 and 8, got shape \[64, 12\]"),
         ({"act_order": torch.zeros(64, dtype=torch.int64)}, (64, 8), "act_order must hold each of 64 features once"),
         ({"act_order": torch.arange(32)}, (64, 8), "act_order must hold each of 64 features once"),
     ],

@@ -116,6 +116,14 @@ def test_an_empty_matrix_has_no_groups() -> None:
     assert (codes.shape, scales.shape, zeros.shape) == ((0, 4), (0, 4), (0, 4))
 
 
+def test_a_group_larger_than_the_matrix_is_one_group() -> None:
+    w = random_tensor(48, 4, seed=1)
+    one = round_to_nearest(w, bits=4, group_size=-1, symmetric=False)
+    for group_size in (48, 2**50):
+        again = round_to_nearest(w, bits=4, group_size=group_size, symmetric=False)
+        assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+
+
 def test_options_out_of_range() -> None:
     w = torch.ones(32, 2)
     with pytest.raises(ValueError, match="bits must be 2 to 8, got 1"):
