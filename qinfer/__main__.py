@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qinfer.errors import QinferError
-from qinfer.programs import generate
+from qinfer.programs import doctor, generate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="qinfer", description="Run quantized language models.")
     programs = parser.add_subparsers(dest="program", required=True, metavar="PROGRAM")
     generate.add_parser(programs)
+    doctor.add_parser(programs)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))

@@ -1,7 +1,8 @@
 """Checkpoint: a folder of safetensors files and their JSON, read lazily and by slice.
 
 A checkpoint maps names to tensors on disk. It knows nothing of formats or models. The files are memory-mapped: opening
-reads only headers, and a slice reads only its own bytes.
+reads only headers, and a slice reads only its own bytes. On their way to a GPU tensors are not taken from the mapping:
+their bytes are read into page-locked buffers (staging.py), so a model larger than the host's memory can be loaded.
 
 What may be opened is decided here, once: files directly inside the folder, named without a path, and regular after
 following links (the Hugging Face cache is made of links). A tensor's name is never used as a path.
@@ -10,6 +11,8 @@ following links (the Hugging Face cache is made of links). A tensor's name is ne
 from __future__ import annotations
 
 import json
+import math
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qinfer.errors import CheckpointError, UnsupportedError
+from qinfer.staging import CudaLink, Staging, from_bytes, read_file
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -101,10 +105,13 @@ class Checkpoint:
         self.generation_config = _read_optional(self.path / "generation_config.json")
         self.quant_config = self._read_quant_config()
         index = self.path / INDEX_FILE
+        is_indexed = index.exists() and not self._is_foreign(index)
         # Without an index the folder itself is what an error about a missing tensor can point at.
-        self._source = index if index.exists() else self.path
+        self._source = index if is_indexed else self.path
         self._handles: dict[Path, Any] = {}
-        self._files: dict[str, Path] = self._open_indexed(index) if index.exists() else self._open_unindexed()
+        self._shards: dict[Path, _Shard] = {}
+        self._stagings: dict[torch.device, Staging] = {}
+        self._files: dict[str, Path] = self._open_indexed(index) if is_indexed else self._open_unindexed()
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -157,12 +164,46 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or it cannot be read.
         """
+        staging = self._staging(torch.device(device))
+        if staging is not None:
+            return self.upload(name, staging)
         self.dtype(name)
         try:
             tensor = self._handles[self.file(name)].get_tensor(name)
         except (SafetensorError, OSError) as problem:
             raise self.error(name, f"cannot be read: {problem}") from problem
         return _aligned(tensor).to(device)
+
+    def upload(self, name: str, staging: Staging, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read a tensor, or the rows from `start` to `stop` of one, straight into the buffers in front of a device.
+
+        Args:
+            name: the tensor.
+            staging: the way to the device.
+            start: the first row, an index of dimension 0.
+            stop: one past the last row; None takes all of a tensor, which may be a scalar.
+
+        Returns:
+            The tensor on the device, contiguous.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it cannot be read.
+        """
+        shape, dtype = self.shape(name), self.dtype(name)
+        row = math.prod(shape[1:]) * dtype.itemsize
+        first, num_bytes = start * row, math.prod(shape) * dtype.itemsize
+        file = self.file(name)
+        try:
+            shard = self._shards.get(file) or self._shards.setdefault(file, _Shard(file))
+            offset, stored = shard.ranges[name]
+            if stored != num_bytes:
+                raise self.error(name, f"must take {num_bytes} bytes, got {stored}")
+            if stop is not None:
+                num_bytes, shape = (stop - start) * row, (stop - start, *shape[1:])
+            data = staging.upload(num_bytes, read_file(shard.fd, offset + first))
+        except (OSError, ValueError, KeyError) as problem:
+            raise self.error(name, f"cannot be read: {problem}") from problem
+        return from_bytes(data, dtype, shape)
 
     def read_slice(
         self, name: str, dim: int, start: int, stop: int, device: str | torch.device = "cpu"
@@ -189,16 +230,29 @@ class Checkpoint:
             raise ValueError(f"dim must be at least 0 and below {len(shape)} for {name}, got {dim}")
         if not 0 <= start <= stop <= shape[dim]:
             raise ValueError(f"{name} has {shape[dim]} entries in dimension {dim}, cannot take [{start}, {stop})")
+        staging = self._staging(torch.device(device))
+        if staging is not None and dim == 0:
+            return self.upload(name, staging, start, stop)
         try:
             tensor = self._stored(name)[(slice(None),) * dim + (slice(start, stop),)]
         except (SafetensorError, OSError) as problem:
             raise self.error(name, f"cannot be read: {problem}") from problem
-        return _aligned(tensor.contiguous()).to(device)
+        tensor = _aligned(tensor.contiguous())
+        # Strided in the file: gathered on the host, so that nothing but the slice crosses to the device.
+        return tensor.to(device) if staging is None else staging.send(tensor)
 
     def error(self, name: str | None, problem: str) -> CheckpointError:
         """Return an error about tensor `name` that names its file; None means the checkpoint as a whole."""
         file = self.path if name is None else self._files.get(name, self._source)
         return CheckpointError(file, name, problem)
+
+    def _staging(self, device: torch.device) -> Staging | None:
+        """Return the way to a GPU, made when it is first needed; None for other devices, which are copied to simply."""
+        if device.type != "cuda":
+            return None
+        if device not in self._stagings:
+            self._stagings[device] = Staging(CudaLink(device))
+        return self._stagings[device]
 
     def _stored(self, name: str) -> Any:  # noqa: ANN401  safetensors has no name for the type of its slices
         """Return the lazy view of one stored tensor."""
@@ -215,6 +269,17 @@ class Checkpoint:
             problem = f"quantization_config must be an object, got {settings!r}"
             raise CheckpointError(self.config_file, None, problem)
         return settings
+
+    def _is_foreign(self, index: Path) -> bool:
+        """Say whether an index belongs to another folder: ExLlamaV2's converter copies the original's beside its output.
+
+        It names none of the files that are here, and the files here are the converter's `output*.safetensors`.
+        """
+        weight_map = read_json(index).get("weight_map")
+        here = {path.name for path in self.path.glob("*.safetensors")}
+        if not isinstance(weight_map, dict) or not here or not all(name.startswith("output") for name in here):
+            return False
+        return here.isdisjoint(file for file in weight_map.values() if isinstance(file, str))
 
     def _open_indexed(self, index: Path) -> dict[str, Path]:
         """Open the files that the index names, and only those: other files may be leftovers or duplicates."""
@@ -261,6 +326,28 @@ class Checkpoint:
             raise CheckpointError(path, None, f"cannot be opened as safetensors: {problem}") from problem
         self._handles[path] = handle
         return frozenset(handle.keys())
+
+
+class _Shard:
+    """One open file and where its tensors lie in it.
+
+    Attributes:
+        fd: the open file.
+        ranges: tensor name → offset of its first byte, number of bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file that `safe_open` has checked, and read its header."""
+        file = path.open("rb")
+        weakref.finalize(self, file.close)
+        self.fd = file.fileno()
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        self.ranges: dict[str, tuple[int, int]] = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                self.ranges[name] = 8 + length + start, stop - start
 
 
 def _read_optional(file: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ FLOORS: dict[str, Floor] = {
     "base": _floor("errors env", "base", ""),
     "shares": _floor("parallel.split parallel.plan engine.pages", "base shares", ""),
     "kernels": _floor("kernels", "base kernels", "torch triton"),
-    "files": _floor("checkpoint parallel.comm", "base files", "torch safetensors"),
+    "files": _floor("checkpoint staging parallel.comm", "base files", "torch safetensors"),
     "text": _floor("tokenizer", "base files text", "tokenizers jinja2"),
     "memory": _floor("memory", "base memory", "torch"),
     "quant": _floor("quant", "base shares kernels files quant", "torch"),

@@ -204,3 +204,13 @@ def test_a_dtype_that_is_not_known(tmp_path: Path) -> None:
     for ask in (checkpoint.dtype, checkpoint.read, lambda name: checkpoint.read_slice(name, 0, 0, 1)):
         with pytest.raises(UnsupportedError, match=r"model\.safetensors: odd: dtype F8_E8M0 cannot be read"):
             ask("odd")
+
+
+def test_the_index_of_the_original_beside_converted_files_is_left_alone(tmp_path: Path) -> None:
+    hostile.write_llama(tmp_path, shards=2)
+    names = Checkpoint(tmp_path).names()
+    for number, file in enumerate(sorted(tmp_path.glob("model-*.safetensors"))):
+        file.rename(tmp_path / f"output-{number}.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.names() == names
+    assert checkpoint.error("nothing", "is missing").file == str(tmp_path)
