@@ -72,7 +72,9 @@ def _is_part_of_an_op(function: Function) -> bool:
 
 @BY_NAME
 def test_parameter_counts(module: Module) -> None:
-    for function in module.functions:
+    # The functions of qinfer.compat take what the originals took.
+    functions = () if module.name.startswith("qinfer.compat.") else module.functions
+    for function in functions:
         if not function.is_kernel and not _is_part_of_an_op(function):
             count = len(function.parameters)
             assert count <= MAX_PARAMETERS, f"{function.where}: {count} parameters, {MAX_PARAMETERS} allowed"

@@ -1,0 +1,54 @@
+"""The weight functions of ExLlamaV2's compiled extension `exllamav2_ext`: same names, argument orders and checks.
+
+    from qinfer.compat import exllamav2_ext as ext_c
+
+Tensors may live on a CPU or on a GPU. An argument that may be a meta tensor may be None as well. Every mistake is
+reported as an error that is both RuntimeError, as in the compiled module, and ValueError, TypeError or OSError
+(`binding.py`). What differs from the compiled module, always to the safe side:
+
+- Tensors are not shuffled in place, and need not outlive the handle made of them.
+- Products accumulate in fp32 and are repeatable bit by bit.
+- Values out of range, which the compiled module reads or writes past the end for, raise; on a GPU, where looking at
+  values would stall it, this holds for `make_q_matrix` and `make_group_map` only.
+- `temp_dq` and `max_dq_rows` are checked and otherwise unused: `qinfer.kernels.matmul` bounds its own scratch.
+"""
+
+from __future__ import annotations
+
+from qinfer.compat.ext_matrix import (
+    free_q_matrix,
+    gemm_half_half_half,
+    gemm_half_q_half,
+    gemm_half_q_half_tp,
+    make_q_matrix,
+    make_q_matrix_split,
+    reconstruct,
+)
+from qinfer.compat.ext_packing import (
+    make_group_map,
+    matrix_fp16_to_q4,
+    matrix_q4_to_fp16,
+    pack_columns,
+    pack_rows_4,
+    stloader_read,
+    tensor_remap,
+    tensor_remap_4bit,
+)
+
+__all__ = [
+    "free_q_matrix",
+    "gemm_half_half_half",
+    "gemm_half_q_half",
+    "gemm_half_q_half_tp",
+    "make_group_map",
+    "make_q_matrix",
+    "make_q_matrix_split",
+    "matrix_fp16_to_q4",
+    "matrix_q4_to_fp16",
+    "pack_columns",
+    "pack_rows_4",
+    "reconstruct",
+    "stloader_read",
+    "tensor_remap",
+    "tensor_remap_4bit",
+]
