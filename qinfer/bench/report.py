@@ -16,6 +16,11 @@ def emit(result: dict[str, Any], path: str | None) -> None:
         elif isinstance(value, float):
             value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
         print(f"{name:<{width}}  {value}")
+    append(result, path)
+
+
+def append(result: dict[str, Any], path: str | None) -> None:
+    """Append a result to a file as a line of JSON, if a file is named."""
     if path is not None:
         with Path(path).open("a") as file:
             file.write(json.dumps(result) + "\n")

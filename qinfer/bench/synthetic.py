@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qinfer.errors import UnsupportedError
-from qinfer.kernels.operand import TILE_K, DenseOperand, PlaneOperand
+from qinfer.kernels.operand import FIELDS, SLICE_K, DenseOperand, PlaneOperand, SegmentedOperand, tile_k
 from qinfer.models.config import ModelConfig, RopeConfig
 from qinfer.models.decoder import Decoder
 from qinfer.models.layers import Linear
@@ -84,11 +84,36 @@ class SyntheticParameters:
 
     def gptq_4bit_g128(self, k: int, n: int) -> PlaneOperand:
         """Make a symmetric 4-bit matrix with fp16 scales per 128 inputs."""
-        tiles = ceil(k / TILE_K)
-        planes = torch.randint(-(2**15), 2**15, (tiles, n, 32), dtype=torch.int16, device=self.device)
-        # Codes are uniform over -8..7, whose standard deviation is 4.6.
-        scales = (torch.rand(tiles, n, device=self.device) * 0.5 + 0.75) * (k**-0.5 / 4.6)
-        return PlaneOperand((planes,), scales.half(), None, bits=4, group_size=TILE_K, in_features=k)
+        return random_planes(k, n, self.device, bits=4, group_size=128)
+
+
+def random_planes(
+    k: int, n: int, device: torch.device, *, bits: int, group_size: int, symmetric: bool = True
+) -> PlaneOperand:
+    """Make an integer matrix [K, N] of random codes whose product with unit activations has unit size."""
+    planes = tuple(
+        torch.randint(-(2**15), 2**15, (ceil(k / tile_k(width)), n, SLICE_K), dtype=torch.int16, device=device)
+        for width in FIELDS[bits]
+    )
+    groups = ceil(k / group_size)
+    # Uniform codes of b bits have a standard deviation of 2^b / sqrt(12).
+    scales = (torch.rand(groups, n, device=device) * 0.5 + 0.75) * (12 / k) ** 0.5 / 2**bits
+    offsets = None if symmetric else torch.randint(-2, 3, (groups, n), dtype=torch.int8, device=device)
+    return PlaneOperand(planes, scales.half(), offsets, bits=bits, group_size=group_size, in_features=k)
+
+
+def random_segments(
+    k: int, n: int, device: torch.device, *, shares: dict[int, float], group_size: int
+) -> SegmentedOperand:
+    """Make an EXL2-like matrix: bits -> share of the rows, in whole groups; the last one takes the rest."""
+    segments: list[PlaneOperand] = []
+    left = k
+    for bits, share in shares.items():
+        is_last = len(segments) + 1 == len(shares)
+        rows = left if is_last else round(k * share / group_size) * group_size
+        segments.append(random_planes(rows, n, device, bits=bits, group_size=group_size))
+        left -= rows
+    return SegmentedOperand(tuple(segments))
 
 
 WEIGHTS: dict[str, tuple[torch.dtype, Callable[[SyntheticParameters, int, int], DenseOperand | PlaneOperand]]] = {

@@ -97,7 +97,8 @@ def _tune_shape(operands: list[PlaneOperand], x: Tensor, device: torch.device) -
     """Return the row of one shape, or nothing where the rule is as good as the best candidate."""
     m, n, k = x.shape[0], operands[0].out_features, operands[0].in_features
     expected = matmul.reference(x, operands[0])
-    written = rule(num_sms(device), m, n, k)
+    bits = operands[0].bits
+    written = rule(num_sms(device), m, n, k, (bits,))
     timed = {
         tile: _time(operands, x, expected, tile, device)
         for tile in dict.fromkeys([written, *candidates(m, n, k, num_sms(device))])
@@ -111,7 +112,17 @@ def _tune_shape(operands: list[PlaneOperand], x: Tensor, device: torch.device) -
     )
     if timed[written] < timed[best] * MIN_GAIN:
         return []
-    return [{"op": "matmul", "m_max": m, "n": n, "k": k, **dataclasses.asdict(best), "us": round(timed[best] * 1e3, 2)}]
+    return [
+        {
+            "op": "matmul",
+            "bits": bits,
+            "m_max": m,
+            "n": n,
+            "k": k,
+            **dataclasses.asdict(best),
+            "us": round(timed[best] * 1e3, 2),
+        }
+    ]
 
 
 def _time(operands: list[PlaneOperand], x: Tensor, expected: Tensor, tile: Tile, device: torch.device) -> float:
