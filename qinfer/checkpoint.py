@@ -271,7 +271,7 @@ class Checkpoint:
         return settings
 
     def _is_foreign(self, index: Path) -> bool:
-        """Say whether an index belongs to another folder: ExLlamaV2's converter copies the original's beside its output.
+        """Say whether an index is of another folder: ExLlamaV2's converter copies the original's beside its output.
 
         It names none of the files that are here, and the files here are the converter's `output*.safetensors`.
         """
