@@ -193,14 +193,15 @@ def slice_codes(b_words, BITS: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.cons
 
 
 @triton.jit
-def _load_tile(p_plane, i_tile, o_w, m_n, N64, num_tiles, MASKED: tl.constexpr):
+def _load_tile(p_plane, i_tile, o_n, N64, num_tiles, MASKED: tl.constexpr):
     """Load one tile of a plane, int16 [BLOCK_N, 32]; a tile behind the last gives zeros."""
-    m_w = m_n & (i_tile < num_tiles) if MASKED else m_n
-    return tl.load(p_plane + i_tile * N64 * 32 + o_w, mask=m_w[:, None], other=0, cache_modifier=".cg")
+    limit = tl.where(i_tile < num_tiles, N64, 0) if MASKED else N64
+    p_words = p_plane + i_tile * N64 * 32 + o_n[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return tl.load(p_words, mask=(o_n < limit)[:, None], other=0, cache_modifier=".cg")
 
 
 @triton.jit
-def load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr):
+def load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr):
     """Load the words of one step: one, two or four tiles of the high plane and one of the low plane.
 
     Args:
@@ -208,7 +209,6 @@ def load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES: tl.con
         p_low: the low plane; anything where there is none.
         i_step: which step.
         o_n: [BLOCK_N] outputs.
-        m_n: [BLOCK_N] which of them exist.
         N64: number of outputs, int64.
         num_high: tiles of the high plane; the last step may want some that do not exist.
         HIGH_TILES: tiles of the high plane per step.
@@ -217,17 +217,16 @@ def load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES: tl.con
     Returns:
         Five int16 [BLOCK_N, 32] for `slice_codes`; those that a step does not have repeat the first.
     """
-    o_w = o_n[:, None] * 32 + tl.arange(0, 32)[None, :]
     i_high = i_step * HIGH_TILES
-    b_high0 = _load_tile(p_high, i_high, o_w, m_n, N64, num_high, False)
+    b_high0 = _load_tile(p_high, i_high, o_n, N64, num_high, False)
     b_high1, b_high2, b_high3, b_low = b_high0, b_high0, b_high0, b_high0
     if HIGH_TILES >= 2:
-        b_high1 = _load_tile(p_high, i_high + 1, o_w, m_n, N64, num_high, True)
+        b_high1 = _load_tile(p_high, i_high + 1, o_n, N64, num_high, True)
     if HIGH_TILES == 4:
-        b_high2 = _load_tile(p_high, i_high + 2, o_w, m_n, N64, num_high, True)
-        b_high3 = _load_tile(p_high, i_high + 3, o_w, m_n, N64, num_high, True)
+        b_high2 = _load_tile(p_high, i_high + 2, o_n, N64, num_high, True)
+        b_high3 = _load_tile(p_high, i_high + 3, o_n, N64, num_high, True)
     if HAS_LOW:
-        b_low = _load_tile(p_low, i_step, o_w, m_n, N64, num_high, False)
+        b_low = _load_tile(p_low, i_step, o_n, N64, num_high, False)
     return b_high0, b_high1, b_high2, b_high3, b_low
 
 
@@ -253,7 +252,7 @@ def _dequantize_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     N64 = tl.cast(N, tl.int64)
-    b_words = load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES, HAS_LOW)
+    b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
     for s in tl.static_range(SLICES):
         b_values = slice_codes(b_words, BITS, s, p_out.dtype.element_ty, PTX).to(tl.float32)
         o_k = (i_step * SLICES + s) * 32 + tl.arange(0, 32)

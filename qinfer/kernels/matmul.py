@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from math import gcd
 
 import torch
@@ -39,6 +40,7 @@ from qinfer.kernels.tiles import Tile, lookup
 FUSED_ROWS = 64
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 MAX_LOCKS = 1 << 16
+MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
 
 
 # Matrices that the reference has dequantized on a CPU, as long as their planes live.
@@ -119,59 +121,86 @@ def _dot(b_codes, b_x, b_part, p_offsets, o_group, o_n, m_n, HAS_OFFSETS: tl.con
     return tl.dot(b_codes, b_x, b_part, input_precision="ieee")
 
 
-# M differs from step to step; a kernel per divisibility of M would be compiled in the middle of serving.
-@triton.jit(do_not_specialize=["M", "first_part"])
-def _matmul_kernel(
-    p_x, p_high, p_low, p_scales, p_offsets, p_bias, p_out, p_partial, p_locks,
-    M, N, K, x_stride, out_stride, GROUP, num_high, num_groups, first_part, num_parts,
+@triton.jit
+def _accumulate(
+    p_x, p_high, p_low, p_scales, p_offsets, i_part, num_parts, o_m, o_n, m_m, m_n, N64,
+    K, x_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
-    IS_SPLIT: tl.constexpr, HAS_LOCKS: tl.constexpr,
+    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
-    i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_c = tl.arange(0, 32)
-    m_n, m_m = o_n < N, o_m[None, :] < M
-    num_steps = tl.cdiv(K, SLICES * 32)
-    first, last = i_k * num_steps // tl.num_programs(1), (i_k + 1) * num_steps // tl.num_programs(1)
-    p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride + o_c[:, None]
+    """Multiply one part of K of one segment: [BLOCK_N, BLOCK_M] fp32."""
     DTYPE: tl.constexpr = p_x.dtype.element_ty
-    N64 = tl.cast(N, tl.int64)
+    STEP: tl.constexpr = SLICES * 32
+    o_c = tl.arange(0, 32)
+    num_steps = tl.cdiv(K, STEP)
+    first, last = i_part * num_steps // num_parts, (i_part + 1) * num_steps // num_parts
+    p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride + o_c[:, None]
+    # A division by a number known to the compiler is a shift; larger groups are few.
+    divisor = group_size if GROUP == 0 else GROUP
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for i_step in tl.range(first, last, num_stages=STAGES):
-        b_words = load_step(p_high, p_low, i_step, o_n, m_n, N64, num_high, HIGH_TILES, HAS_LOW)
+        b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
+        p_step = p_xs + i_step * STEP
         b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for s in tl.static_range(SLICES):
-            o_k = (i_step * SLICES + s) * 32
+            o_k = i_step * STEP + s * 32
             b_codes = slice_codes(b_words, BITS, s, DTYPE, PTX)
             m_x = m_m if EVEN_K else m_m & (o_k + o_c[:, None] < K)
             if RUN == 0:
                 # Two groups of 16 share the slice: each takes the features of x that are its own.
                 for half in tl.static_range(2):
                     m_half = m_x & (o_c[:, None] // 16 == half)
-                    b_x = tl.load(p_xs + o_k, mask=m_half, other=0.0)
+                    b_x = tl.load(p_step + s * 32, mask=m_half, other=0.0)
                     o_g = tl.minimum(o_k // 16 + half, num_groups - 1) * N64
                     b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     b_part = _dot(b_codes, b_x, b_part, p_offsets, o_g, o_n, m_n, HAS_OFFSETS)
                     b_acc = _add_group(b_acc, b_part, p_scales, o_g, o_n, m_n)
             else:
                 # A run of slices shares a group. What lies behind K is multiplied by zero and takes the last group's.
-                b_x = tl.load(p_xs + o_k, mask=m_x, other=0.0)
-                o_g = tl.minimum(o_k // GROUP, num_groups - 1) * N64
+                b_x = tl.load(p_step + s * 32, mask=m_x, other=0.0)
+                o_g = tl.minimum(o_k // divisor, num_groups - 1) * N64
                 b_part = _dot(b_codes, b_x, b_part, p_offsets, o_g, o_n, m_n, HAS_OFFSETS)
                 if (s + 1) % RUN == 0:
                     b_acc = _add_group(b_acc, b_part, p_scales, o_g, o_n, m_n)
                     b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    return b_acc
+
+
+# M differs from step to step and the parts from matrix to matrix; a kernel per divisibility of either would be compiled
+# in the middle of serving.
+@triton.jit(do_not_specialize=["M", "first_features", "first_parts", "num_groups", "num_highs"])
+def _matmul_kernel(
+    p_x, p_highs, p_lows, p_scales, p_offsets, p_bias, p_out, p_partial, p_locks,
+    M, N, x_stride, out_stride, first_features, first_parts, num_highs, num_groups, group_sizes,
+    SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_LOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
+    i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_n, m_m = o_n < N, o_m[None, :] < M
+    N64 = tl.cast(N, tl.int64)
+    b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for g in tl.static_range(len(SEGMENTS)):
+        # A program belongs to one segment, and walks over its part of it.
+        if (i_k >= first_parts[g]) & (i_k < first_parts[g + 1]):
+            b_acc = _accumulate(
+                p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
+                i_k - first_parts[g], first_parts[g + 1] - first_parts[g], o_m, o_n, m_m, m_n, N64,
+                first_features[g + 1] - first_features[g], x_stride, num_highs[g], num_groups[g], group_sizes[g],
+                SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], SEGMENTS[g][4], SEGMENTS[g][5],
+                SEGMENTS[g][6], SEGMENTS[g][7], PTX, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
     m_out = m_n[:, None] & m_m
     if not IS_SPLIT:
         _finish(b_acc, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
     else:
         p_tile = p_partial + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
         part_stride = M * N64
-        tl.store(p_tile + (first_part + i_k) * part_stride, b_acc, mask=m_out)
+        num_parts = tl.num_programs(1)
+        tl.store(p_tile + i_k * part_stride, b_acc, mask=m_out)
         if HAS_LOCKS:
             # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
             tl.debug_barrier()
@@ -287,7 +316,7 @@ def _by_dequantizing(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor |
 
 
 def _fused(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor | None, out: Tensor, tile: Tile) -> None:
-    """Launch the kernel that reads packed weights, once per segment; their sums meet like the parts of one."""
+    """Launch the kernel that reads packed weights, once for all segments; their sums meet like the parts of one."""
     m, n = x.shape[0], segments[0].out_features
     splits = [_splits(tile.split_k, segment, segments) for segment in segments]
     grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m))
@@ -298,26 +327,32 @@ def _fused(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor | None, out
             raise ValueError(f"a product with K split takes at most {MAX_LOCKS} output tiles, got {grid[0] * grid[1]}")
         partial = torch.empty(sum(splits), m, n, dtype=torch.float32, device=x.device)
         locks = _locks(x.device)
-    start = first_part = 0
-    for segment, split in zip(segments, splits, strict=True):
-        k = segment.in_features
-        constants = step_constants(segment.bits)
-        _matmul_kernel[(grid[0], split, grid[1])](
-            x[:, start : start + k], segment.planes[0], segment.planes[-1], segment.scales, segment.offsets, bias, out,
-            partial, locks, m, n, k, x.stride(0), out.stride(0), segment.group_size, segment.planes[0].shape[0],
-            segment.scales.shape[0], first_part, sum(splits), **constants,
-            RUN=gcd(segment.group_size // SLICE_K, constants["SLICES"]) if segment.group_size >= SLICE_K else 0,
-            HAS_OFFSETS=segment.offsets is not None, HAS_BIAS=bias is not None,
-            EVEN_K=k % step_k(segment.bits) == 0, PTX=is_ptx_target(x), IS_SPLIT=is_split, HAS_LOCKS=has_locks,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
-        start, first_part = start + k, first_part + split
+    _matmul_kernel[(grid[0], sum(splits), grid[1])](
+        x, tuple(s.planes[0] for s in segments), tuple(s.planes[-1] for s in segments),
+        tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
+        bias, out, partial, locks, m, n, x.stride(0), out.stride(0),
+        tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
+        tuple(s.planes[0].shape[0] for s in segments), tuple(s.scales.shape[0] for s in segments),
+        tuple(s.group_size for s in segments),
+        SEGMENTS=tuple(_constants(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
+        IS_SPLIT=is_split, HAS_LOCKS=has_locks,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
     if is_split and not has_locks:
         # A barrier of AMD's lets stores of other waves be pending, so nobody there may read what its neighbours wrote.
         _sum_kernel[grid](
             partial, bias, out, m, n, out.stride(0), sum(splits),
             HAS_BIAS=bias is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         )  # fmt: skip
+
+
+def _constants(segment: PlaneOperand) -> tuple[int | bool, ...]:
+    """Return what a kernel is compiled for: BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K."""
+    constants = step_constants(segment.bits)
+    run = gcd(segment.group_size // SLICE_K, constants["SLICES"]) if segment.group_size >= SLICE_K else 0
+    group = segment.group_size if segment.group_size <= MAX_CONSTANT_GROUP else 0
+    is_even = segment.in_features % step_k(segment.bits) == 0
+    return (*constants.values(), run, group, segment.offsets is not None, is_even)
 
 
 def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand]) -> int:

@@ -74,7 +74,7 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
     fits = [
         (rows, columns, stages)
         for rows, columns in ((block_m, block_n), (block_m, 64), (block_m // 2, 64), (16, 64))
-        for stages in (4, 3, 2)
+        for stages in (3, 2)
         if max(_shared_bytes(bits, rows, columns, stages) for bits in widths)
         <= (FEW_ROWS_BYTES if rows == 16 else SHARED_BYTES)
     ]
