@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
     device = default_device()
     if device.type != "cuda":
         raise UnsupportedError("tiles are tuned on the GPU that they are for, and torch finds none here")
+    path = Path(options.out) if options.out else TABLES / f"{arch(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for n, k in shapes(options.preset or ["llama-3.1-8b", "llama-3.3-70b"]):
         make = SyntheticParameters(device, torch.float16, SyntheticParameters.gptq_4bit_g128).gptq_4bit_g128
@@ -83,13 +86,11 @@ def run(options: argparse.Namespace) -> int:
         operands = [first, *(make(k, n) for _ in range(ceil(ROTATE_BYTES / first.nbytes) - 1))]
         for m in options.rows:
             rows += _tune_shape(operands, torch.randn(m, k, dtype=torch.float16, device=device), device)
-    path = options.out or TABLES / f"{arch(device)}.json"
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    with open(path, "w") as file:
-        file.write(
-            f'{{"gpu": {json.dumps(torch.cuda.get_device_name(device))}, "date": "{time.strftime("%Y-%m-%d")}",\n'
-            f' "command": "python -m qinfer.bench tune",\n "rows": [\n{lines}\n]}}\n'
-        )
+    path.write_text(
+        f'{{"gpu": {json.dumps(torch.cuda.get_device_name(device))}, "date": "{time.strftime("%Y-%m-%d")}",\n'
+        f' "command": "python -m qinfer.bench tune",\n "rows": [\n{lines}\n]}}\n'
+    )
     return 0
 
 

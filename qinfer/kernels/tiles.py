@@ -81,9 +81,7 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
     block_m, block_n, stages = fits[0]
     programs = -(-n // block_n) * -(-m // block_m)
     split_k = max(1, min(round(4 * num_sms / programs), -(-k // 256), 16))
-    return Tile(
-        block_m, block_n, split_k, 4 if block_m * block_n < 64 * 128 else 8, min(stages, 4 if block_m <= 32 else 3)
-    )
+    return Tile(block_m, block_n, split_k, 4 if block_m * block_n < 64 * 128 else 8, stages)
 
 
 def _shared_bytes(bits: int, block_m: int, block_n: int, stages: int) -> int:
