@@ -40,6 +40,8 @@ from qinfer.kernels.tiles import Tile, lookup
 FUSED_ROWS = 64
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 MAX_LOCKS = 1 << 16
+# Said aloud, the hardware's own limit keeps ptxas from saving registers for sm_89 at the price of spills.
+REGISTERS = {"maxnreg": 255}
 MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
 
 
@@ -184,8 +186,9 @@ def _matmul_kernel(
     N64 = tl.cast(N, tl.int64)
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for g in tl.static_range(len(SEGMENTS)):
-        # A program belongs to one segment, and walks over its part of it.
-        if (i_k >= first_parts[g]) & (i_k < first_parts[g + 1]):
+        # A program belongs to one segment, and walks over its part of it; with one segment there is nothing to ask.
+        is_mine = True if len(SEGMENTS) == 1 else (i_k >= first_parts[g]) & (i_k < first_parts[g + 1])
+        if is_mine:
             b_acc = _accumulate(
                 p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
                 i_k - first_parts[g], first_parts[g + 1] - first_parts[g], o_m, o_n, m_m, m_n, N64,
@@ -337,6 +340,7 @@ def _fused(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor | None, out
         SEGMENTS=tuple(_constants(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
         IS_SPLIT=is_split, HAS_LOCKS=has_locks,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        **(REGISTERS if is_ptx_target(x) else {}),
     )  # fmt: skip
     if is_split and not has_locks:
         # A barrier of AMD's lets stores of other waves be pending, so nobody there may read what its neighbours wrote.
