@@ -1,8 +1,9 @@
 """Repairs of Triton's interpreter, for tests only.
 
-Triton 3.6 to 3.9 interpret bf16 as its bit pattern (sums and dots are silently wrong), round fp8 casts wrongly, and 3.6
-cannot take a run-time loop bound under NumPy 2.4. The repairs below route every conversion through torch and compute
-bf16 arithmetic in fp32 with one rounding at the end, which is what the hardware does.
+Triton 3.6 to 3.9 interpret bf16 as its bit pattern (sums and dots are silently wrong), round fp8 casts wrongly, give the
+result of a comparison the type of what was compared (3.9 then refuses it as a mask), and 3.6 cannot take a run-time
+loop bound under NumPy 2.4. The repairs below route every conversion through torch and compute bf16 arithmetic in fp32
+with one rounding at the end, which is what the hardware does.
 """
 
 from __future__ import annotations
@@ -74,8 +75,10 @@ def narrow(values: np.ndarray, dtype: Any) -> np.ndarray:
 def binary_op(self: Any, left: Any, right: Any, function: Any) -> Any:
     dtype = left.dtype.scalar
     if tl.bfloat16 not in (dtype, right.dtype.scalar):
-        return _binary_op(self, left, right, function)
-    return Handle(narrow(function(widen(left), widen(right)), dtype), dtype)
+        result = _binary_op(self, left, right, function)
+    else:
+        result = Handle(narrow(function(widen(left), widen(right)), dtype), dtype)
+    return Handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
 
 
 def unary_op(self: Any, argument: Any, function: Any) -> Any:
