@@ -46,7 +46,7 @@ interpret: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "kernel and not gpu"
 
 compile: $(VENV)/.test
-	$(PYTEST) $(PARALLEL) -m compile
+	$(PYTEST) $(PARALLEL) --maxschedchunk=1 -m compile
 
 package: $(VENV)/.test
 	$(BIN)/python -m tests.package

@@ -261,8 +261,10 @@ def _tiles(max_query_len: int, group: int, head_dim: int, page_size: int, itemsi
         tiles = _Tiles(32, 64, 4, 3)
     else:
         tiles = _Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
+    # Every stage but the one in registers is a buffer of keys and one of values; there is less room for them on AMD.
     # The largest power of two that divides the page size bounds a tile that lies in one page.
-    return tiles._replace(block_n=min(tiles.block_n, page_size & -page_size))
+    num_stages = min(tiles.num_stages, 2) if torch.version.hip is not None else tiles.num_stages
+    return tiles._replace(block_n=min(tiles.block_n, page_size & -page_size), num_stages=num_stages)
 
 
 def _num_splits(num_programs: int, num_tiles: int, device: torch.device) -> int:
