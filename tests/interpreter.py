@@ -1,7 +1,7 @@
 """Repairs of Triton's interpreter, for tests only.
 
-Triton 3.6 to 3.9 interpret bf16 as its bit pattern (sums and dots are silently wrong), round fp8 casts wrongly, give the
-result of a comparison the type of what was compared (3.9 then refuses it as a mask), and 3.6 cannot take a run-time
+Triton 3.6 to 3.9 interpret bf16 as its bit pattern (sums and dots are silently wrong), round fp8 casts wrongly, give
+the result of a comparison the type of what was compared (3.9 then refuses it as a mask), and 3.6 cannot take a run-time
 loop bound under NumPy 2.4. The repairs below route every conversion through torch and compute bf16 arithmetic in fp32
 with one rounding at the end, which is what the hardware does.
 """
