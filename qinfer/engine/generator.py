@@ -7,27 +7,22 @@ loops over the same step. A generator belongs to one thread.
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import count
 from types import TracebackType
-from typing import Literal, TypeAlias, overload
+from typing import TypeAlias, overload
 
-from torch import Tensor
-
-from qinfer.engine.graphs import GraphRunner
+from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
-from qinfer.engine.sampling import SamplingParams, UniformStream, sample
+from qinfer.engine.sampling import SamplingParams, UniformStream
 from qinfer.engine.scheduler import Scheduler
-from qinfer.engine.sequence import Sequence
+from qinfer.engine.sequence import Sequence, State
+from qinfer.engine.steps import Sampled, StepRunner
 from qinfer.engine.text import TextStream
 from qinfer.errors import NonFiniteLogits
-from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
 
 Prompt: TypeAlias = str | abc.Sequence[int]
-FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
-Step: TypeAlias = list[tuple[Sequence, int]]
 
 # Ids of the prompt that the detokenizer sees: enough for a few words of context.
 _TAIL = 8
@@ -38,89 +33,12 @@ _NON_FINITE = (
 )
 
 
-@dataclass(frozen=True)
-class Completion:
-    """Everything that one request generated."""
-
-    text: str  # empty without a tokenizer
-    token_ids: tuple[int, ...]  # with the id that ended it, if one did
-    finish_reason: FinishReason
-    prompt_tokens: int
-    error: BaseException | None = None  # why, when finish_reason is "error"
-
-
-@dataclass(frozen=True)
-class Event:
-    """What one step did for one request; the texts of a request's events join to the text of its completion."""
-
-    job: int  # Job.id
-    text: str  # text that became final; empty while a character or a stop string may be incomplete
-    token_ids: tuple[int, ...]  # new ids
-    finish_reason: FinishReason | None = None  # in the last event of the request
-    error: BaseException | None = None
-    completion: Completion | None = None  # in the last event of the request
-
-
-class Job:
-    """A request that was submitted."""
-
-    def __init__(self, generator: Generator, sequence: Sequence, text: TextStream, events: list[Event]) -> None:
-        """Belong to a generator; `events` is where the request's events are delivered."""
-        self.id = sequence.id
-        self.sequence = sequence
-        self.completion: Completion | None = None
-        self._generator = generator
-        self._stream = text
-        self._events = events
-        self._texts: list[str] = []
-
-    @property
-    def finished(self) -> bool:
-        """Whether the request has its completion."""
-        return self.completion is not None
-
-    def cancel(self) -> None:
-        """Finish now and return the pages; the last event comes with the next step. Nothing happens when finished."""
-        if not self.finished:
-            self._generator.finish(self, "cancelled", text=self._stream.flush())
-
-    def advance(self, token_id: int, eos_ids: abc.Set[int]) -> None:
-        """Take the next id and deliver its event; end the request if that was its last."""
-        sequence, params = self.sequence, self.sequence.params
-        sequence.generated.append(token_id)
-        text = ""
-        reason: FinishReason | None = "length" if len(sequence.generated) == params.max_new_tokens else None
-        if token_id in params.stop_ids or (token_id in eos_ids and not params.ignore_eos):
-            reason = "stop"
-        else:
-            text = self._stream.push(token_id)
-            reason = "stop" if self._stream.stopped else reason
-        if reason is None:
-            self._texts.append(text)
-            self._events.append(Event(self.id, text, (token_id,)))
-        else:
-            self._generator.finish(self, reason, text=text + self._stream.flush(), token_ids=(token_id,))
-
-    def fail(self, error: BaseException) -> None:
-        """End the request because of an error, with the text it has."""
-        self._generator.finish(self, "error", text=self._stream.flush(), error=error)
-
-    def deliver_last(
-        self, reason: FinishReason, text: str, token_ids: tuple[int, ...], error: BaseException | None
-    ) -> None:
-        """Make the completion and the last event."""
-        self._texts.append(text)
-        generated, prompt_tokens = tuple(self.sequence.generated), len(self.sequence.prompt)
-        self.completion = Completion("".join(self._texts), generated, reason, prompt_tokens, error)
-        self._events.append(Event(self.id, text, token_ids, reason, error, self.completion))
-
-
 class _FailTogether:
     """Ends the requests of a step with "error" when an exception leaves the block, and lets the exception go on."""
 
-    def __init__(self, generator: Generator, jobs: abc.Sequence[Job]) -> None:
-        self._generator = generator
+    def __init__(self, jobs: abc.Sequence[Job], settle: Callable[[], None]) -> None:
         self._jobs = jobs
+        self._settle = settle
 
     def __enter__(self) -> None:
         """Nothing to prepare."""
@@ -128,11 +46,31 @@ class _FailTogether:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End what is not finished; text still withheld is dropped, since the tokenizer may be what raised."""
+        """Deliver what the step before gave, then end what is not finished."""
         if error is not None:
-            for job in self._jobs:
-                if not job.finished:
-                    self._generator.finish(job, "error", error=error)
+            try:
+                self._settle()
+            finally:
+                for job in self._jobs:
+                    job.fail(error)
+
+
+class _FailAlone:
+    """Ends one request with "error" when an exception leaves the block, which goes no further."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Keep the error in the completion; what is no Exception, such as a keyboard interrupt, goes on."""
+        if error is not None:
+            self._job.fail(error)
+        return isinstance(error, Exception)
 
 
 class Generator:
@@ -164,10 +102,10 @@ class Generator:
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
         self.scheduler = Scheduler(self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens)
         self.cache = model.new_cache(self.pages.num_pages, page_size=page_size, kv_format=kv_format)
-        self.graphs: GraphRunner | None = None
-        if model.device.type == "cuda":
-            longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
-            self.graphs = GraphRunner(model.decoder, self.cache, max_batch=max_batch, table_width=longest)
+        longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
+        self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
+        self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
+        self._news: list[tuple[Job, int]] = []  # ids that no event has told yet
         self._ids = count()
         self._jobs: dict[int, Job] = {}
         self._events: list[Event] = []
@@ -185,7 +123,7 @@ class Generator:
         return self._enqueue(self._sequence(prompt, params), self._events)
 
     def step(self) -> list[Event]:
-        """Run the model once, if there is anything to run, and return the events of submitted requests.
+        """Launch one step, if there is anything to run, and return the events that have come of the steps before.
 
         Raises:
             Exception: Whatever the model raises; the requests of that step have then ended with "error" and their pages
@@ -241,20 +179,6 @@ class Generator:
         """Complete one prompt and yield its events; closing the iterator cancels the request."""
         return self._stream(self._sequence(prompt, params))
 
-    def finish(
-        self,
-        job: Job,
-        reason: FinishReason,
-        *,
-        text: str = "",
-        token_ids: tuple[int, ...] = (),
-        error: BaseException | None = None,
-    ) -> None:
-        """Return the pages of a request that is not finished, wherever it stands, and deliver its last event."""
-        self.scheduler.finish(job.sequence, reason)
-        del self._jobs[job.id]
-        job.deliver_last(reason, text, token_ids, error)
-
     def _stream(self, sequence: Sequence) -> Iterator[Event]:
         """Run a sequence once somebody asks for its first event."""
         events: list[Event] = []
@@ -295,54 +219,54 @@ class Generator:
     def _enqueue(self, sequence: Sequence, events: list[Event]) -> Job:
         """Queue a checked sequence whose events go to `events`."""
         text = TextStream(self.model.tokenizer, sequence.prompt[-_TAIL:], tuple(sequence.params.stop))
-        job = Job(self, sequence, text, events)
+        job = Job(sequence, text, events, self._release)
         self.scheduler.add(sequence)
         self._jobs[job.id] = job
         return job
 
+    def _release(self, sequence: Sequence, reason: str) -> None:
+        """Forget a request and return its pages; a step that still computes it is not listened to."""
+        self.scheduler.finish(sequence, reason)
+        del self._jobs[sequence.id]
+
     def _advance(self) -> None:
-        """Run one step and deliver its events."""
+        """Launch the next step, then read and deliver what the one before gave."""
         step = self.scheduler.schedule()
-        if not step:
+        with _FailTogether([self._jobs[sequence.id] for sequence, _ in step], self._settle):
+            launched = self.runner.launch(step) if step else None
+            self._take()
+            if launched is not None:
+                self._sampled = self.runner.sample(launched)
+        self._deliver()
+
+    def _settle(self) -> None:
+        """Read and deliver what was sampled already, so that the host knows what the device knows."""
+        self._take()
+        self._deliver()
+
+    def _take(self) -> None:
+        """Wait for the ids of the step before and hand them to their sequences; what has ended meanwhile gets none."""
+        sampled, self._sampled = self._sampled, None
+        if sampled is None:
             return
-        jobs = [self._jobs[sequence.id] for sequence, _ in step]
-        with _FailTogether(self, jobs):
-            for sequence, token_id in self._sample(step):
-                job = self._jobs[sequence.id]
+        alive = [self._jobs[sequence.id] for sequence in sampled.rows if sequence.state is not State.FINISHED]
+        with _FailTogether(alive, self._deliver):
+            ids = sampled.ids()
+        for sequence, token_id in zip(sampled.rows, ids, strict=True):
+            if sequence.state is not State.FINISHED:
+                sequence.source = -1
                 if token_id >= 0:
-                    job.advance(token_id, self.model.eos_ids)
-                else:
-                    job.fail(NonFiniteLogits(f"request {job.id}, position {sequence.num_computed - 1}: {_NON_FINITE}"))
+                    sequence.generated.append(token_id)
+                self._news.append((self._jobs[sequence.id], token_id))
 
-    def _sample(self, step: Step) -> list[tuple[Sequence, int]]:
-        """Run the model and return the next id of every sequence whose tokens are all computed now, -1 for none."""
-        logits = self._logits(step)
-        complete = [sequence for sequence, num_tokens in step if num_tokens == sequence.num_pending]
-        for sequence, num_tokens in step:
-            sequence.num_computed += num_tokens
-        if not complete:
-            return []
-        # The one transfer from the device in a step.
-        ids = sample(logits, [sequence.row() for sequence in complete]).tolist()
-        return list(zip(complete, ids, strict=True))
-
-    def _logits(self, step: Step) -> Tensor:
-        """Run the decoder: a recorded graph when every sequence has one token and wants its logits."""
-        pieces = [
-            Piece(
-                sequence.pending(n),
-                sequence.num_computed,
-                sequence.pages,
-                "last" if n == sequence.num_pending else "none",
-            )
-            for sequence, n in step
-        ]
-        page_size, device = self.pages.page_size, self.model.device
-        if self.graphs is None or any(len(piece.token_ids) > 1 or piece.wants_logits == "none" for piece in pieces):
-            return self.model.decoder(Batch.build(pieces, page_size=page_size, device=device), self.cache)
-        rows, width = self.graphs.bucket(len(pieces)), self.graphs.table_width
-        batch = Batch.build(pieces, page_size=page_size, device=device, pad_to=rows, table_width=width)
-        return self.graphs.run(batch)[: len(pieces)]
+    def _deliver(self) -> None:
+        """Turn new ids into events; a request that raises ends alone."""
+        news, self._news = self._news, []
+        for job, token_id in news:
+            with _FailAlone(job):
+                if token_id < 0 and not job.finished:
+                    raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")
+                job.deliver(self.model.eos_ids)
 
 
 def _holds_prompts(prompts: Prompt | abc.Sequence[Prompt]) -> bool:

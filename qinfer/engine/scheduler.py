@@ -55,11 +55,11 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
         self._admit()
-        decoding = [sequence for sequence in self.running if sequence.generated]
-        step = [(sequence, 1) for sequence in decoding]
-        budget = self.max_step_tokens - len(decoding)
+        decoding = [sequence for sequence in self.running if sequence.num_tokens > len(sequence.prompt)]
+        step = [(sequence, 1) for sequence in decoding if sequence.wants_more]
+        budget = self.max_step_tokens - len(step)
         for sequence in self.running:
-            if budget and not sequence.generated:
+            if budget and sequence.num_tokens == len(sequence.prompt):
                 count = min(sequence.num_pending, budget)
                 step.append((sequence, count))
                 budget -= count

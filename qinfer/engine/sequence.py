@@ -25,33 +25,54 @@ class Sequence:
     prompt: tuple[int, ...]
     params: SamplingParams
     uniforms: UniformStream
-    generated: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)  # ids that are on the host
+    source: int = -1  # row of the last step that samples the next token, while its id is not on the host yet
     pages: list[int] = field(default_factory=list)
-    num_computed: int = 0  # tokens whose keys and values are in the pages
+    allocation: int = 0  # grows whenever `pages` starts anew; appending to it does not count
+    num_computed: int = 0  # tokens whose keys and values are in the pages once all launched steps are done
     state: State = State.WAITING
     finish_reason: str | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and generated tokens so far."""
+    def num_known(self) -> int:
+        """Tokens whose ids are on the host."""
         return len(self.prompt) + len(self.generated)
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens so far, with the one that only the device knows."""
+        return self.num_known + (self.source >= 0)
+
+    @property
     def num_pending(self) -> int:
-        """Tokens that are known and not yet computed: the rest of the prompt, or the token sampled last."""
+        """Tokens that are not yet computed: the rest of the prompt, or the token sampled last."""
         return self.num_tokens - self.num_computed
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens the sequence can grow to; pages are reserved for these."""
+        """The most tokens the sequence can grow to."""
         return len(self.prompt) + self.params.max_new_tokens
 
+    @property
+    def wants_more(self) -> bool:
+        """Whether another token would still be within the limit."""
+        return self.num_tokens < self.max_tokens
+
+    @property
+    def newest(self) -> int:
+        """The id of the last token, or -1 - row where the device samples it."""
+        if self.source >= 0:
+            return -1 - self.source
+        return self.generated[-1] if self.generated else self.prompt[-1]
+
     def pending(self, count: int) -> Ids[int]:
-        """Return the next `count` tokens to compute."""
-        start = self.num_computed - len(self.prompt)
-        if start >= 0:
-            return self.generated[start : start + count]
-        return (*self.prompt[self.num_computed : self.num_computed + count], *self.generated[: max(0, start + count)])
+        """Return the next `count` tokens to compute; the one that only the device knows is -1 - row."""
+        start, end = self.num_computed - len(self.prompt), self.num_computed + count - len(self.prompt)
+        ids = (
+            *self.prompt[self.num_computed : self.num_computed + count],
+            *self.generated[max(0, start) : max(0, end)],
+        )
+        return ids if len(ids) == count else (*ids, self.newest)
 
     def row(self) -> Row:
         """Return what the next token is sampled with; its random number depends on the seed and the step alone."""

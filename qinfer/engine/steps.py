@@ -1,0 +1,144 @@
+"""Steps on the device: the next one is launched before the ids of the last one are on the host.
+
+A token that the last step sampled is known to the device first. The host names it by its row, as the id -1 - row, and
+the device puts the id in its place before the embedding is read (`feed`). Meanwhile the ids travel to the host, which
+reads them while the next step runs:
+
+    device   … │ forward n │ sample n │ forward n + 1           │ sample n + 1 │ …
+    host           launch forward n + 1, wait for ids n, launch sample n + 1, text and events of n, schedule n + 2
+
+Sampling is launched after the ids of the step before are known, so a sampler sees the whole history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from qinfer.cache.paged import PagedKVCache
+from qinfer.engine.graphs import GraphRunner
+from qinfer.engine.rows import DecodeRows
+from qinfer.engine.sampling import sample
+from qinfer.engine.sequence import Sequence
+from qinfer.models.batch import Batch, Piece
+from qinfer.models.model import Model
+
+Step: TypeAlias = list[tuple[Sequence, int]]
+
+
+def feed(token_ids: Tensor, sampled: Tensor) -> None:
+    """Put sampled[r] in the place of every id -1 - r; other ids stay.
+
+    Args:
+        token_ids: [T] int32, changed in place.
+        sampled: [R] int32 ids, -1 where sampling failed; such a token is computed as id 0, and thrown away later.
+    """
+    is_known = token_ids >= 0
+    rows = token_ids.bitwise_not().masked_fill_(is_known, 0)
+    torch.where(is_known, token_ids, sampled.index_select(0, rows).clamp_(min=0), out=token_ids)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose logits the device has, or will have."""
+
+    rows: list[Sequence]  # whose next token the step gives, one per row of logits
+    logits: Tensor  # [R, V], valid until the next launch
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step whose ids are on their way to the host."""
+
+    rows: list[Sequence]
+    _ids: Tensor
+    _arrived: torch.cuda.Event | None
+
+    def ids(self) -> list[int]:
+        """Wait for the ids and return them, one per row, -1 where the logits were not finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._ids.tolist()
+
+
+class StepRunner:
+    """Runs steps of a model over its pages."""
+
+    def __init__(self, model: Model, cache: PagedKVCache, *, page_size: int, max_batch: int, table_width: int) -> None:
+        """Allocate the buffers that carry ids between steps and to the host.
+
+        Args:
+            model: The model.
+            cache: The pages that its steps read and write.
+            page_size: Tokens per page.
+            max_batch: Most sequences in a step.
+            table_width: Pages of the longest sequence.
+        """
+        self._model = model
+        self._cache = cache
+        self._page_size = page_size
+        self._table_width = table_width
+        self._decode_rows: dict[int, DecodeRows] = {}
+        self._sampled = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
+        self._on_gpu = model.device.type == "cuda"
+        # Two, because the ids of one step are read after the copy of the next may have been launched.
+        self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
+        self.graphs: GraphRunner | None = None
+        if self._on_gpu:
+            self.graphs = GraphRunner(self._forward, cache, max_batch=max_batch, table_width=table_width)
+
+    def launch(self, step: Step) -> Launched:
+        """Launch the forward pass of a step; sequences count its tokens as computed from now on.
+
+        Args:
+            step: Sequences with their number of tokens.
+        """
+        complete = [sequence for sequence, count in step if count == sequence.num_pending]
+        if len(complete) == len(step) and all(count == 1 for _, count in step):
+            logits = self._decode(complete)
+        else:
+            pieces = [
+                Piece(s.pending(n), s.num_computed, s.pages, "last" if n == s.num_pending else "none") for s, n in step
+            ]
+            batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
+            logits = self._forward(batch, self._cache)
+        for sequence, count in step:
+            sequence.num_computed += count
+        return Launched(complete, logits)
+
+    def sample(self, launched: Launched) -> Sampled | None:
+        """Launch the choice of the next tokens and their way to the host; None when the step gives no token."""
+        rows = launched.rows
+        if not rows:
+            return None
+        ids = sample(launched.logits, [sequence.row() for sequence in rows])
+        self._sampled[: len(rows)].copy_(ids)
+        for row, sequence in enumerate(rows):
+            sequence.source = row
+        if not self._on_gpu:
+            return Sampled(rows, ids, None)
+        self._host_ids.reverse()
+        host = self._host_ids[0][: len(rows)].copy_(ids, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(self._model.device))
+        return Sampled(rows, host, arrived)
+
+    def _forward(self, batch: Batch, cache: PagedKVCache) -> Tensor:
+        """Fill in the ids that only the device knows, and run the decoder."""
+        feed(batch.token_ids, self._sampled)
+        return self._model.decoder(batch, cache)
+
+    def _decode(self, sequences: Rows[Sequence]) -> Tensor:
+        """Run a step of one token per sequence, through a recorded graph where there are graphs."""
+        size = len(sequences) if self.graphs is None else self.graphs.bucket(len(sequences))
+        if size not in self._decode_rows:
+            self._decode_rows[size] = DecodeRows(
+                size, table_width=self._table_width, page_size=self._page_size, pin=self._on_gpu
+            )
+        batch = self._decode_rows[size].fill(sequences)
+        logits = self._forward(batch, self._cache) if self.graphs is None else self.graphs.run(batch)
+        return logits[: len(sequences)]
