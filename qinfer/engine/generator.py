@@ -85,6 +85,7 @@ class Generator:
         page_size: int = 256,
         max_batch: int = 64,
         max_step_tokens: int = 2048,
+        prefix_cache: bool = True,
     ) -> None:
         """Allocate the page pool.
 
@@ -95,12 +96,15 @@ class Generator:
             page_size: Tokens per page.
             max_batch: Most requests that run at a time.
             max_step_tokens: Most tokens in a step; longer prompts are processed in several.
+            prefix_cache: Whether requests that begin alike share the pages of their beginning.
         """
         if max_tokens < 1 or page_size < 1:
             raise ValueError(f"max_tokens and page_size must be at least 1, got {max_tokens} and {page_size}")
         self.model = model
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
-        self.scheduler = Scheduler(self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens)
+        self.scheduler = Scheduler(
+            self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache
+        )
         self.cache = model.new_cache(self.pages.num_pages, page_size=page_size, kv_format=kv_format)
         longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
         self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
@@ -110,17 +114,20 @@ class Generator:
         self._jobs: dict[int, Job] = {}
         self._events: list[Event] = []
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Job:
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Job:
         """Queue a request; `step` runs it and returns its events.
 
         Args:
             prompt: Text, or token ids.
             params: How to sample; None means `SamplingParams()`.
+            priority: Requests of a higher one go first, and are the last to give way when pages run out.
 
         Raises:
             ValueError: If the prompt is empty, holds an id that the model does not have, or is too long.
         """
-        return self._enqueue(self._sequence(prompt, params), self._events)
+        sequence = self._sequence(prompt, params)
+        sequence.priority = priority
+        return self._enqueue(sequence, self._events)
 
     def step(self) -> list[Event]:
         """Launch one step, if there is anything to run, and return the events that have come of the steps before.

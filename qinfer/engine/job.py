@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from qinfer.engine.sequence import Sequence
@@ -22,6 +22,8 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     error: BaseException | None = None  # why, when finish_reason is "error"
+    # Tokens of the prompt that were in the pool already; two completions that differ in this are equal.
+    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ class Job:
         """Return the pages, wherever the request stands, make the completion and deliver the last event."""
         self._release(self.sequence, reason)
         self._texts.append(text)
-        generated, prompt_tokens = tuple(self.sequence.generated[: self._num_delivered]), len(self.sequence.prompt)
-        self.completion = Completion("".join(self._texts), generated, reason, prompt_tokens, error)
+        sequence = self.sequence
+        self.completion = Completion(
+            text="".join(self._texts),
+            token_ids=tuple(sequence.generated[: self._num_delivered]),
+            finish_reason=reason,
+            prompt_tokens=len(sequence.prompt),
+            cached_tokens=sequence.cached_tokens,
+            error=error,
+        )
         self._events.append(Event(self.id, text, token_ids, reason, error, self.completion))

@@ -25,11 +25,16 @@ class Sequence:
     prompt: tuple[int, ...]
     params: SamplingParams
     uniforms: UniformStream
+    priority: int = 0  # higher ones go first
     generated: list[int] = field(default_factory=list)  # ids that are on the host
     source: int = -1  # row of the last step that samples the next token, while its id is not on the host yet
     pages: list[int] = field(default_factory=list)
     allocation: int = 0  # grows whenever `pages` starts anew; appending to it does not count
     num_computed: int = 0  # tokens whose keys and values are in the pages once all launched steps are done
+    page_keys: list[bytes] = field(default_factory=list)  # of the first whole pages, as far as anybody asked
+    num_published: int = 0  # pages that others may share
+    cached_tokens: int = 0  # tokens of the prompt that were in the pool when the sequence began
+    num_preempted: int = 0  # times that it had to give its pages back
     state: State = State.WAITING
     finish_reason: str | None = None
 
@@ -64,6 +69,23 @@ class Sequence:
         if self.source >= 0:
             return -1 - self.source
         return self.generated[-1] if self.generated else self.prompt[-1]
+
+    def order(self) -> tuple[int, int]:
+        """Return what sequences are sorted by: priority, then arrival."""
+        return (-self.priority, self.id)
+
+    def ids(self, first: int, last: int) -> Ids[int]:
+        """Return the tokens from position `first` up to, not including, `last`, as far as they are on the host."""
+        skipped = len(self.prompt)
+        if last <= skipped:
+            return self.prompt[first:last]
+        return (*self.prompt[first:], *self.generated[max(0, first - skipped) : last - skipped])
+
+    def drop_pages(self) -> None:
+        """Have no pages and nothing computed."""
+        self.pages = []
+        self.allocation += 1
+        self.num_computed = self.num_published = 0
 
     def pending(self, count: int) -> Ids[int]:
         """Return the next `count` tokens to compute; the one that only the device knows is -1 - row."""

@@ -13,8 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from qinfer.engine.generator import Generator
+from qinfer.engine.job import Event
 from qinfer.engine.sampling import Row, SamplingParams, UniformStream, sample
 from qinfer.models.batch import Batch
 from qinfer.models.model import Model
@@ -48,6 +51,9 @@ def byte_level(corpus: Sequence[str]) -> Adapter:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=["<eos>", "<pad>"])
     tokenizer.train_from_iterator(corpus, trainer)
     return Adapter(tokenizer)
+
+
+TOKENIZER = byte_level(["the fox said hello to the owl", "🦊 und 🦉 und größere Tiere"])
 
 
 def logits_after(history: Sequence[int]) -> torch.Tensor:
@@ -110,3 +116,30 @@ def expected(prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[in
             break
         ids.append(token)
     return ids
+
+
+def generator(model: MockModel | None = None, **options: int) -> Generator:
+    sizes = {"max_tokens": 400, "page_size": 4, "max_batch": 4, "max_step_tokens": 16, **options}
+    return Generator(model or MockModel(), **sizes)
+
+
+def is_idle(gen: Generator) -> bool:
+    """Nothing is queued and every page is back."""
+    return not gen.scheduler.has_work and gen.pages.num_used == 0
+
+
+def drain(gen: Generator) -> list[Event]:
+    events = []
+    while gen.scheduler.has_work:
+        events += gen.step()
+    return events + gen.step()
+
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5]),
+    top_k=st.sampled_from([0, 4]),
+    seed=st.integers(0, 9),
+    max_new_tokens=st.integers(1, 9),
+    stop_ids=st.lists(st.integers(0, 99), max_size=60),
+)

@@ -4,36 +4,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
-from qinfer.engine.generator import Generator
-from qinfer.engine.job import Completion, Event, Job
+from qinfer.engine.job import Completion, Job
 from qinfer.engine.sampling import Row, SamplingParams, sample
 from qinfer.engine.steps import feed
 from qinfer.errors import NonFiniteLogits
 from qinfer.models.batch import Batch
-from tests.engine.mock import POISON, VOCAB, MockModel, byte_level, expected, logits_after
+from tests.engine.mock import (
+    POISON,
+    TOKENIZER,
+    VOCAB,
+    MockModel,
+    drain,
+    expected,
+    generator,
+    is_idle,
+    logits_after,
+    params,
+)
 
-TOKENIZER = byte_level(["the fox said hello to the owl", "🦊 und 🦉 und größere Tiere"])
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
-
-
-def generator(model: MockModel | None = None, **options: int) -> Generator:
-    sizes = {"max_tokens": 400, "page_size": 4, "max_batch": 4, "max_step_tokens": 16, **options}
-    return Generator(model or MockModel(), **sizes)
-
-
-def is_idle(gen: Generator) -> bool:
-    """Nothing is queued and every page is back."""
-    return not gen.scheduler.has_work and gen.pages.num_used == 0
-
-
-def drain(gen: Generator) -> list[Event]:
-    events = []
-    while gen.scheduler.has_work:
-        events += gen.step()
-    return events + gen.step()
 
 
 # --- what comes out
@@ -50,14 +41,6 @@ prompts = st.lists(
     st.lists(st.integers(0, VOCAB - 1) | st.integers(POISON - 5, POISON + 5), min_size=1, max_size=30),
     min_size=1,
     max_size=6,
-)
-params = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.5]),
-    top_k=st.sampled_from([0, 4]),
-    seed=st.integers(0, 9),
-    max_new_tokens=st.integers(1, 9),
-    stop_ids=st.lists(st.integers(0, 99), max_size=60),
 )
 
 
@@ -379,73 +362,6 @@ def test_sampling_never_reads_a_tensor() -> None:
     for chosen in ([rows[0]], rows):
         ids = sample(torch.empty(len(chosen), 7, device="meta"), chosen)
         assert (ids.shape, ids.device.type) == ((len(chosen),), "meta")
-
-
-# --- everything at once
-
-
-class GeneratorMachine(RuleBasedStateMachine):
-    """Requests come, run, fail and are cancelled in any order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = MockModel(tokenizer=TOKENIZER, eos_ids=[0, 1])
-        self.gen = generator(self.model, max_tokens=48, max_batch=3, max_step_tokens=7)
-        self.jobs: dict[int, tuple[Job, list[int], SamplingParams]] = {}
-        self.texts: dict[int, str] = {}
-
-    @rule(prompt=st.lists(st.integers(0, 60), min_size=1, max_size=20), one=params)
-    def submit(self, prompt: list[int], one: SamplingParams) -> None:
-        job = self.gen.submit(prompt, one)
-        self.jobs[job.id] = (job, prompt, one)
-        self.texts[job.id] = ""
-
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        if self.jobs:
-            self.jobs[data.draw(st.sampled_from(sorted(self.jobs)))][0].cancel()
-
-    @rule()
-    def step(self) -> None:
-        for event in self.gen.step():
-            self.texts[event.job] += event.text
-            if event.completion is not None:
-                self.check(event.job, event.completion)
-
-    @rule()
-    def fail(self) -> None:
-        if any(not job.finished for job, _, _ in self.jobs.values()):
-            self.model.fail_at = len(self.model.steps)
-            with pytest.raises(RuntimeError, match="on fire"):
-                self.gen.step()
-
-    def check(self, number: int, out: Completion) -> None:
-        job, prompt, one = self.jobs.pop(number)
-        whole = expected(prompt, one, [0, 1])
-        assert job.completion is out
-        assert out.text == self.texts[number]
-        assert list(out.token_ids) == whole[: len(out.token_ids)]
-        if out.finish_reason in ("stop", "length") or isinstance(out.error, NonFiniteLogits):
-            assert len(out.token_ids) == len(whole)
-        if out.finish_reason == "error" and not isinstance(out.error, NonFiniteLogits):
-            assert "on fire" in str(out.error)
-
-    @invariant()
-    def pages_belong_to_running_requests(self) -> None:
-        held = [page for sequence in self.gen.scheduler.running for page in sequence.pages]
-        assert len(held) == len(set(held)) == self.gen.pages.num_used
-
-    def teardown(self) -> None:
-        self.model.fail_at = None
-        for event in drain(self.gen):
-            self.texts[event.job] += event.text
-            if event.completion is not None:
-                self.check(event.job, event.completion)
-        assert not self.jobs
-        assert is_idle(self.gen)
-
-
-TestGeneratorMachine = GeneratorMachine.TestCase
 
 
 def test_mock_depends_on_the_whole_history() -> None:
