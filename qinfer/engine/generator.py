@@ -7,11 +7,12 @@ loops over the same step. A generator belongs to one thread.
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from types import TracebackType
 from typing import TypeAlias, overload
 
+from qinfer.engine.front import AsyncFront
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
 from qinfer.engine.sampling import SamplingParams, UniformStream
@@ -110,6 +111,7 @@ class Generator:
         self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
         self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
         self._news: list[tuple[Job, int]] = []  # ids that no event has told yet
+        self._front = AsyncFront(self._advance)
         self._ids = count()
         self._jobs: dict[int, Job] = {}
         self._events: list[Event] = []
@@ -185,6 +187,18 @@ class Generator:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
         """Complete one prompt and yield its events; closing the iterator cancels the request."""
         return self._stream(self._sequence(prompt, params))
+
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[Event]:
+        """Complete one prompt and yield its events to an asyncio task; any number of tasks may do so at a time.
+
+        Steps run in a thread. While a stream is open, use no other method of the generator. A request that fails has
+        the error in its last event.
+        """
+        sequence = self._sequence(prompt, params)
+        sequence.priority = priority
+        return self._front.stream(lambda events: self._enqueue(sequence, events))
 
     def _stream(self, sequence: Sequence) -> Iterator[Event]:
         """Run a sequence once somebody asks for its first event."""
