@@ -55,4 +55,4 @@ def soak(count: int) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    print(dict(soak(int(sys.argv[1]))))
+    sys.stdout.write(f"{dict(soak(int(sys.argv[1])))}\n")
