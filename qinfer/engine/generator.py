@@ -12,21 +12,20 @@ from itertools import count
 from types import TracebackType
 from typing import TypeAlias, overload
 
+import torch
+from torch import Tensor
+
 from qinfer.engine.front import AsyncFront
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
-from qinfer.engine.sampling import SamplingParams, UniformStream
+from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
 from qinfer.engine.steps import Sampled, StepRunner
-from qinfer.engine.text import TextStream
 from qinfer.errors import NonFiniteLogits
 from qinfer.models.model import Model
 
 Prompt: TypeAlias = str | abc.Sequence[int]
-
-# Ids of the prompt that the detokenizer sees: enough for a few words of context.
-_TAIL = 8
 
 _NON_FINITE = (
     "the model gave NaN or infinite logits. "
@@ -216,9 +215,14 @@ class Generator:
     def _sequence(self, prompt: Prompt, params: SamplingParams | None) -> Sequence:
         """Check a request against the model and the pool."""
         params = params or SamplingParams()
+        params.check_vocabulary(self.model.config.vocab_size)
         ids = tuple(self.model.check_token_ids(self._encode(prompt)))
-        if params.stop and self.model.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer and the model has none; stop_ids works without")
+        for name in ("stop", "banned_strings", "token_healing"):
+            if getattr(params, name) and self.model.tokenizer is None:
+                raise ValueError(
+                    f"{name}={getattr(params, name)!r} needs a tokenizer and the model has none; "
+                    "stop_ids, banned_ids and allowed_ids work without"
+                )
         total = len(ids) + params.max_new_tokens
         asked = f"{len(ids)} prompt tokens + max_new_tokens={params.max_new_tokens} are {total} tokens"
         limit = self.model.config.max_positions
@@ -227,7 +231,21 @@ class Generator:
         room = self.pages.num_pages * self.pages.page_size
         if total > room:
             raise ValueError(f"{asked}, the page pool holds {room}; raise Generator(max_tokens=...)")
-        return Sequence(next(self._ids), ids, params, UniformStream(params.seed))
+        ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
+        healed, healing = self._healing(ids) if params.token_healing else ((), None)
+        ids = ids[: len(ids) - len(healed)]
+        sampler = SamplerState(params, ids)
+        return Sequence(next(self._ids), ids, params, sampler, ends, healed, healing)
+
+    def _healing(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor | None]:
+        """Return the id to cut off a prompt, and which ids may come in its place; nothing where only one could."""
+        assert self.model.tokenizer is not None
+        allowed = self.model.tokenizer.continuations(prompt[-1])
+        if len(prompt) == 1 or len(allowed) == 1:
+            return (), None
+        mask = torch.zeros(self.model.config.vocab_size, dtype=torch.bool)
+        mask[allowed] = True
+        return prompt[-1:], mask.to(self.model.device)
 
     def _encode(self, prompt: Prompt) -> abc.Sequence[int]:
         """Return the ids of a prompt."""
@@ -239,8 +257,8 @@ class Generator:
 
     def _enqueue(self, sequence: Sequence, events: list[Event]) -> Job:
         """Queue a checked sequence whose events go to `events`."""
-        text = TextStream(self.model.tokenizer, sequence.prompt[-_TAIL:], tuple(sequence.params.stop))
-        job = Job(sequence, text, events, self._release)
+        rewind = self.scheduler.rewind
+        job = Job(sequence, self.model.tokenizer, events, release=self._release, rewind=rewind)
         self.scheduler.add(sequence)
         self._jobs[job.id] = job
         return job
@@ -273,11 +291,14 @@ class Generator:
         alive = [self._jobs[sequence.id] for sequence in sampled.rows if sequence.state is not State.FINISHED]
         with _FailTogether(alive, self._deliver):
             ids = sampled.ids()
-        for sequence, token_id in zip(sampled.rows, ids, strict=True):
-            if sequence.state is not State.FINISHED:
+        logprobs = sampled.logprobs()
+        for row, (sequence, token_id) in enumerate(zip(sampled.rows, ids, strict=True)):
+            # A sequence that was rewound meanwhile expects nothing of this step either.
+            if sequence.state is not State.FINISHED and sequence.source >= 0:
                 sequence.source = -1
                 if token_id >= 0:
                     sequence.generated.append(token_id)
+                    sequence.logprobs += [logprobs[row]] if row in logprobs else []
                 self._news.append((self._jobs[sequence.id], token_id))
 
     def _deliver(self) -> None:
@@ -287,7 +308,7 @@ class Generator:
             with _FailAlone(job):
                 if token_id < 0 and not job.finished:
                     raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")
-                job.deliver(self.model.eos_ids)
+                job.deliver()
 
 
 def _holds_prompts(prompts: Prompt | abc.Sequence[Prompt]) -> bool:

@@ -115,6 +115,13 @@ class Scheduler:
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
 
+    def rewind(self, sequence: Sequence, num_generated: int) -> None:
+        """Take generated ids of a sequence back; pages that others may share are left to them."""
+        sequence.rewind(num_generated)
+        del sequence.page_keys[sequence.num_known // self.pages.page_size :]
+        if sequence.num_computed < sequence.num_published * self.pages.page_size:
+            self._preempt(sequence)
+
     def _admit(self) -> None:
         """Move sequences from the queue while there is room; one that does not fit holds back those behind it."""
         while self.waiting and len(self.running) < self.max_batch:

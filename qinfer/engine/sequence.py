@@ -6,7 +6,9 @@ import enum
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
-from qinfer.engine.sampling import Row, SamplingParams, UniformStream
+from torch import Tensor
+
+from qinfer.engine.sampling import Row, SamplerState, SamplingParams
 
 
 class State(enum.Enum):
@@ -17,16 +19,29 @@ class State(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What the model thought of one generated token: natural logarithms of probabilities, before any option."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # ids and their logarithms, likeliest first
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """The ids of a prompt and of what was generated after it; host bookkeeping, no tensors."""
+    """The ids of a prompt and of what was generated after it, and where they stand."""
 
     id: int
     prompt: tuple[int, ...]
     params: SamplingParams
-    uniforms: UniformStream
+    sampler: SamplerState
+    ends: frozenset[int] = frozenset()  # ids that end the text
+    healed: tuple[int, ...] = ()  # the id cut off the prompt, where the first generated one begins like it
+    healing: Tensor | None = None  # [V] bool, the ids that begin like it
     priority: int = 0  # higher ones go first
     generated: list[int] = field(default_factory=list)  # ids that are on the host
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted
+    bans: dict[int, set[int]] = field(default_factory=dict)  # ids that were tried and taken back, by their place
     source: int = -1  # row of the last step that samples the next token, while its id is not on the host yet
     pages: list[int] = field(default_factory=list)
     allocation: int = 0  # grows whenever `pages` starts anew; appending to it does not count
@@ -97,6 +112,15 @@ class Sequence:
         return ids if len(ids) == count else (*ids, self.newest)
 
     def row(self) -> Row:
-        """Return what the next token is sampled with; its random number depends on the seed and the step alone."""
-        greedy = self.params.temperature == 0
-        return Row(self.params, 0.0 if greedy else self.uniforms.at(len(self.generated)))
+        """Return what the next token is sampled with; it depends on the request and on the ids so far alone."""
+        step = len(self.generated)
+        banned = [*self.bans.get(step, ()), *(self.ends if step < self.params.min_new_tokens else ())]
+        return self.sampler.row(self.generated, banned=banned, mask=None if step else self.healing)
+
+    def rewind(self, num_generated: int) -> None:
+        """Take back all generated ids after the first `num_generated`, and the one that is on its way."""
+        del self.generated[num_generated:], self.logprobs[num_generated:]
+        self.source = -1
+        self.bans = {place: ids for place, ids in self.bans.items() if place <= num_generated}
+        self.num_computed = min(self.num_computed, self.num_known - 1)
+        self.sampler.rewind(num_generated)

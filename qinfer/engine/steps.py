@@ -22,8 +22,8 @@ from torch import Tensor
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.graphs import GraphRunner
 from qinfer.engine.rows import DecodeRows
-from qinfer.engine.sampling import sample
-from qinfer.engine.sequence import Sequence
+from qinfer.engine.sampling import Logprobs, logprobs, sample
+from qinfer.engine.sequence import Sequence, TokenLogprobs
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
 
@@ -56,6 +56,8 @@ class Sampled:
 
     rows: list[Sequence]
     _ids: Tensor
+    _asked: list[int]  # rows that want to know their logprobs
+    _logprobs: Logprobs | None
     _arrived: torch.cuda.Event | None
 
     def ids(self) -> list[int]:
@@ -63,6 +65,21 @@ class Sampled:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._ids.tolist()
+
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Return what the rows that asked for it want to know, once the ids are there."""
+        if self._logprobs is None:
+            return {}
+        told = {}
+        for row, chosen, ids, top in zip(self._asked, *(part.tolist() for part in self._logprobs), strict=True):
+            count = self.rows[row].params.logprobs
+            told[row] = TokenLogprobs(chosen, tuple(zip(ids, top, strict=True))[:count])
+        return told
+
+
+def _copying(tensor: Tensor) -> Tensor:
+    """Return page-locked memory to which a tensor is on its way."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class StepRunner:
@@ -119,13 +136,23 @@ class StepRunner:
         self._sampled[: len(rows)].copy_(ids)
         for row, sequence in enumerate(rows):
             sequence.source = row
+        asked = [row for row, sequence in enumerate(rows) if sequence.params.logprobs is not None]
+        told = None
+        if asked:
+            top_n = max(sequence.params.logprobs or 0 for sequence in rows)
+            index = torch.tensor(asked).to(ids.device, non_blocking=True)
+            told = logprobs(launched.logits[index], ids[index], top_n)
         if not self._on_gpu:
-            return Sampled(rows, ids, None)
+            return Sampled(rows, ids, asked, told, None)
         self._host_ids.reverse()
         host = self._host_ids[0][: len(rows)].copy_(ids, non_blocking=True)
+        if told is not None:
+            told = Logprobs(
+                *(torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in told)
+            )
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(self._model.device))
-        return Sampled(rows, host, arrived)
+        return Sampled(rows, host, asked, told, arrived)
 
     def _forward(self, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Fill in the ids that only the device knows, and run the decoder."""

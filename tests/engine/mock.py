@@ -41,6 +41,11 @@ class Adapter:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
 
+    def continuations(self, token_id: int) -> list[int]:
+        spelling = self.tokenizer.id_to_token(token_id) or "no token"
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=False)
+        return [token for text, token in vocabulary.items() if text.startswith(spelling)] or [token_id]
+
 
 def byte_level(corpus: Sequence[str]) -> Adapter:
     """A byte-level BPE tokenizer: ids 0 and 1 are special, 2 to 257 are the bytes."""

@@ -251,7 +251,7 @@ def test_tokenizer_that_raises_ends_one_request() -> None:
     assert [out.finish_reason for out in outs] == ["length", "error"]
     assert isinstance(outs[1].error, OverflowError)
     assert list(outs[0].token_ids) == fine
-    assert list(outs[1].token_ids) == broken[: broken.index(bad) + 1]
+    assert list(outs[1].token_ids) == broken[: broken.index(bad)]
     assert is_idle(gen)
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinfer.engine.rows import DecodeRows
-from qinfer.engine.sampling import SamplingParams, UniformStream
+from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.sequence import Sequence
 from qinfer.models.batch import Batch, Piece
 
@@ -12,7 +12,9 @@ READ = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logi
 
 
 def sequence(number: int, computed: int, pages: list[int]) -> Sequence:
-    one = Sequence(number, tuple(range(computed + 1)), SamplingParams(), UniformStream(0), pages=pages)
+    one = Sequence(
+        number, tuple(range(computed + 1)), SamplingParams(), SamplerState(SamplingParams(), ()), pages=pages
+    )
     one.num_computed = computed
     return one
 

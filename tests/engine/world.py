@@ -10,16 +10,16 @@ from collections.abc import Sequence as Ids
 from random import Random
 
 from qinfer.engine.pages import PageTable
-from qinfer.engine.sampling import SamplingParams, UniformStream
+from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
 
-UNIFORMS = UniformStream(0)  # nobody draws here
+SAMPLER = SamplerState(SamplingParams(), ())  # nobody draws here
 
 
 def sequence(number: int, prompt: int | Ids[int], new: int = 4, priority: int = 0) -> Sequence:
     ids = tuple(range(prompt)) if isinstance(prompt, int) else tuple(prompt)
-    return Sequence(number, ids, SamplingParams(max_new_tokens=new), UNIFORMS, priority=priority)
+    return Sequence(number, ids, SamplingParams(max_new_tokens=new), SAMPLER, priority=priority)
 
 
 def token_after(history: Ids[int]) -> int:
