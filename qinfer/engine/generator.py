@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
+from time import perf_counter
 from types import TracebackType
 from typing import TypeAlias, overload
 
@@ -110,10 +111,15 @@ class Generator:
         self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
         self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
         self._news: list[tuple[Job, int]] = []  # ids that no event has told yet
+        self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's
         self._front = AsyncFront(self._advance)
         self._ids = count()
         self._jobs: dict[int, Job] = {}
         self._events: list[Event] = []
+
+    def warm_up(self) -> None:
+        """Compile and record everything that serving can ask for, so that no request waits for it later."""
+        self.runner.warm_up(self.scheduler.max_step_tokens)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Job:
         """Queue a request; `step` runs it and returns its events.
@@ -289,8 +295,10 @@ class Generator:
         if sampled is None:
             return
         alive = [self._jobs[sequence.id] for sequence in sampled.rows if sequence.state is not State.FINISHED]
+        start = perf_counter()
         with _FailTogether(alive, self._deliver):
             ids = sampled.ids()
+        self.seconds_waited += perf_counter() - start
         logprobs = sampled.logprobs()
         for row, (sequence, token_id) in enumerate(zip(sampled.rows, ids, strict=True)):
             # A sequence that was rewound meanwhile expects nothing of this step either.

@@ -22,7 +22,7 @@ from torch import Tensor
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.graphs import GraphRunner
 from qinfer.engine.rows import DecodeRows
-from qinfer.engine.sampling import Logprobs, logprobs, sample
+from qinfer.engine.sampling import Logprobs, SamplerState, SamplingParams, logprobs, sample
 from qinfer.engine.sequence import Sequence, TokenLogprobs
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
@@ -40,6 +40,12 @@ def feed(token_ids: Tensor, sampled: Tensor) -> None:
     is_known = token_ids >= 0
     rows = token_ids.bitwise_not().masked_fill_(is_known, 0)
     torch.where(is_known, token_ids, sampled.index_select(0, rows).clamp_(min=0), out=token_ids)
+
+
+def _sizes(largest: int) -> list[int]:
+    """Return numbers of tokens around the powers of two up to the largest, which is the last."""
+    powers = [1 << power for power in range(largest.bit_length())]
+    return sorted({size for power in powers for size in (power, power + 1, power + 16) if size <= largest} | {largest})
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,34 @@ class StepRunner:
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(self._model.device))
         return Sampled(rows, host, asked, told, arrived)
+
+    def warm_up(self, max_step_tokens: int) -> None:
+        """Compile and record all that steps of so many tokens can ask for; pages and requests stay as they are.
+
+        Kernels are compiled per kind of size: one token, a multiple of 16, and neither, around each power of two, for
+        prompts alone and beside streams; and once per way of sampling.
+        """
+        if self.graphs is not None:
+            self.graphs.capture_all()
+        single = Piece([0], 0, [0], "last")
+        for length in _sizes(min(max_step_tokens, self._table_width * self._page_size)):
+            # What stands in the pages does not matter, and page 0 is there in any pool.
+            prompt = Piece([0] * length, 0, [0] * -(-length // self._page_size), "last")
+            for pieces in ([prompt], [prompt, single], [single] * (len(self._sampled) - 1) + [prompt]):
+                batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
+                batch.slots.fill_(-1)
+                self._warm_up_sampling(self._forward(batch, self._cache))
+        if self._on_gpu:
+            torch.cuda.synchronize(self._model.device)
+
+    def _warm_up_sampling(self, logits: Tensor) -> None:
+        """Choose tokens in every way that compiles a kernel of its own."""
+        for params in (
+            SamplingParams(temperature=0),
+            SamplingParams(seed=0),
+            SamplingParams(seed=0, top_p=0.9, banned_ids=[0]),
+        ):
+            sample(logits, [SamplerState(params, ()).row(())] * len(logits))
 
     def _forward(self, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Fill in the ids that only the device knows, and run the decoder."""

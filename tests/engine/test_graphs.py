@@ -1,8 +1,10 @@
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.generator import Generator
@@ -118,3 +120,25 @@ def test_generator_on_graphs_says_the_same(model: Model) -> None:
     assert outs == with_graphs.generate(texts, several)
     assert [out.finish_reason for out in outs] == ["length"] * 5
     assert with_graphs.pages.num_used == 0
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_after_the_warm_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gen = Generator(model, max_tokens=1024, page_size=PAGE, max_batch=6, max_step_tokens=64)
+    gen.warm_up()
+    assert gen.runner.graphs is not None
+    assert len(gen.runner.graphs._captured) == len(gen.runner.graphs.buckets)
+    compiled: list[object] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
+    random = Random(0)
+    for seed in range(40):
+        options = random.choice(
+            ({"temperature": 0}, {"top_k": 9}, {"min_p": 0.1}, {"top_p": 0.9, "logit_bias": {3: 1}})
+        )
+        params = SamplingParams(seed=seed, max_new_tokens=random.randrange(1, 40), ignore_eos=True, **options)
+        gen.submit(tiny.prompt(random.randrange(1, 150), seed=seed), params)
+        for _ in range(random.randrange(6)):
+            gen.step()
+    while gen.scheduler.has_work:
+        gen.step()
+    assert not compiled

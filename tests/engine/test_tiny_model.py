@@ -77,6 +77,21 @@ def test_pages_that_run_out_change_nothing(model: Model) -> None:
     assert tight.pages.num_used == 0
 
 
+def test_warm_up_leaves_everything_as_it_is(model: Model) -> None:
+    sizes = {"kv_format": "fp32", "max_tokens": 96, "page_size": 16, "max_batch": 3, "max_step_tokens": 24}
+    gen, cold = Generator(model, **sizes), Generator(model, **sizes)
+    first, second = gen.submit(tiny.prompt(20), GREEDY), gen.submit(tiny.prompt(5), GREEDY)
+    gen.step()
+    gen.step()
+    before = [page.clone() for layer in range(model.config.num_layers) for page in gen.cache.pages(layer)]
+    gen.warm_up()
+    after = [page for layer in range(model.config.num_layers) for page in gen.cache.pages(layer)]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    while gen.scheduler.has_work:
+        gen.step()
+    assert [first.completion, second.completion] == cold.generate([tiny.prompt(20), tiny.prompt(5)], GREEDY)
+
+
 def test_one_bad_embedding_ends_one_request(model: Model, tmp_path: Path) -> None:
     tiny.save(tmp_path / "bad", "llama")
     broken = Model.load(tmp_path / "bad", device="cpu")
