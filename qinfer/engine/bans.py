@@ -17,7 +17,7 @@ class _Held:
     """A token that may have to be taken back: its text, and the detokenizer as it was before."""
 
     text: str
-    before: Detokenizer | None
+    before: Detokenizer
 
 
 class TokenTexts:
@@ -28,13 +28,14 @@ class TokenTexts:
         self._detokenizer = detokenizer
         self._banned = tuple(banned)
         self._held: list[_Held] = []
+        self._free: list[str] = []  # without banned strings
 
     def push(self, token_id: int) -> int:
         """Take the next token and return how many of the latest have to be taken back, usually none."""
-        if self._detokenizer is None:
-            self._held.append(_Held("", None))
+        if self._detokenizer is None or not self._banned:
+            self._free.append("" if self._detokenizer is None else self._detokenizer.push(token_id))
             return 0
-        before = self._detokenizer.copy() if self._banned else None
+        before = self._detokenizer.copy()
         self._held.append(_Held(self._detokenizer.push(token_id), before))
         text = self._text()
         found = [start for banned in self._banned if (start := text.find(banned)) >= 0]
@@ -51,6 +52,9 @@ class TokenTexts:
 
     def free(self) -> list[str]:
         """Return the texts of the tokens that nothing can take back any more."""
+        if not self._held:
+            texts, self._free = self._free, []
+            return texts
         text = self._text()
         safe = len(text) - max((overlap(text, banned) for banned in self._banned), default=0)
         count = end = 0
@@ -61,7 +65,7 @@ class TokenTexts:
 
     def flush(self) -> list[str]:
         """Return the texts of all tokens that are held; what the detokenizer withholds is in none of them."""
-        return self._take(len(self._held))
+        return self._take(len(self._held)) if self._held else self.free()
 
     def rest(self) -> str:
         """Return what the detokenizer withheld, when no token follows."""

@@ -99,7 +99,7 @@ class Job:
         """Tell in an event what is new in the sequence; end the request where one of its ids ends it."""
         sequence, text = self.sequence, ""
         reason: FinishReason | None = None
-        while not self.finished and reason is None and self._num_read < len(sequence.generated):
+        while self.completion is None and reason is None and self._num_read < len(sequence.generated):
             token_id = sequence.generated[self._num_read]
             self._num_read += 1
             is_end = token_id in sequence.ends
@@ -121,9 +121,8 @@ class Job:
             self._told.append(text)
             new = slice(self._num_in_events, self._num_told)
             self._num_in_events = self._num_told
-            self._events.append(
-                Event(self.id, text, tuple(sequence.generated[new]), logprobs=tuple(sequence.logprobs[new]))
-            )
+            logprobs = tuple(sequence.logprobs[new]) if sequence.logprobs else ()
+            self._events.append(Event(self.id, text, tuple(sequence.generated[new]), logprobs=logprobs))
 
     def _tell(self, texts: list[str]) -> str:
         """Count tokens as told, up to one that completes a stop string, and return their text before it."""

@@ -77,14 +77,16 @@ class Scheduler:
         """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
         if self.prefix_cache:
             for sequence in self.running:
-                publish(self.pages, sequence)
+                if sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size:
+                    publish(self.pages, sequence)
         self._admit()
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
         for sequence in tuple(self.running):
-            if sequence.num_pending > 1:
+            num_tokens = sequence.num_tokens
+            if num_tokens - sequence.num_computed > 1:
                 prompts.append(sequence)
-            elif sequence.wants_more and sequence.state is State.RUNNING and self._grow(sequence):
+            elif num_tokens < sequence.max_tokens and sequence.state is State.RUNNING and self._grow(sequence):
                 step.append((sequence, 1))
         budget = self.max_step_tokens - len(step)
         if step:
@@ -144,7 +146,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for one more token; say whether the sequence still runs, or had to give way itself."""
-        while self.pages.pages_for(sequence.num_computed + 1) > len(sequence.pages):
+        while sequence.num_computed >= len(sequence.pages) * self.pages.page_size:
             try:
                 sequence.pages += self.pages.allocate(1)
             except OutOfPages:

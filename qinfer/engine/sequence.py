@@ -61,7 +61,7 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Prompt and generated tokens so far, with the one that only the device knows."""
-        return self.num_known + (self.source >= 0)
+        return len(self.prompt) + len(self.generated) + (self.source >= 0)
 
     @property
     def num_pending(self) -> int:
@@ -114,7 +114,9 @@ class Sequence:
     def row(self) -> Row:
         """Return what the next token is sampled with; it depends on the request and on the ids so far alone."""
         step = len(self.generated)
-        banned = [*self.bans.get(step, ()), *(self.ends if step < self.params.min_new_tokens else ())]
+        banned: Ids[int] = ()
+        if self.bans or step < self.params.min_new_tokens:
+            banned = [*self.bans.get(step, ()), *(self.ends if step < self.params.min_new_tokens else ())]
         return self.sampler.row(self.generated, banned=banned, mask=None if step else self.healing)
 
     def rewind(self, num_generated: int) -> None:

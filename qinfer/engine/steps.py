@@ -121,7 +121,7 @@ class StepRunner:
             step: Sequences with their number of tokens.
         """
         complete = [sequence for sequence, count in step if count == sequence.num_pending]
-        if len(complete) == len(step) and all(count == 1 for _, count in step):
+        if len(complete) == len(step) == sum(count for _, count in step):
             logits = self._decode(complete)
         else:
             pieces = [

@@ -109,6 +109,8 @@ class StopMatcher:
         """Take more text and return what can no longer belong to a stop string."""
         if self.matched:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         found = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if found:
