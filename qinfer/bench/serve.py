@@ -43,6 +43,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0")
     parser.add_argument("--max-batch", type=int, default=64, help="requests that run at a time; default: 64")
     parser.add_argument("--max-tokens", type=int, help="tokens in the page pool; default: what max-batch may need")
+    parser.add_argument("--draft-tokens", type=int, default=0, help="guessed from the text per step; default: 0, none")
     parser.add_argument("--kv-format", default="fp16", help="of the cache; default: fp16")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--json", metavar="FILE", help="append the result to FILE as a line of JSON")
@@ -103,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
         kv_format=options.kv_format,
         max_tokens=options.max_tokens or options.max_batch * (-(-longest // 256) * 256),
         max_batch=options.max_batch,
+        draft_tokens=options.draft_tokens,
     )
     start = time.perf_counter()
     if device.type == "cuda":
@@ -124,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
         "shared_prefix": options.shared_prefix,
         "temperature": options.temperature,
         "max_batch": options.max_batch,
+        "draft_tokens": options.draft_tokens,
         "max_tokens": generator.pages.num_pages * generator.pages.page_size,
         "warm_up_s": warm_up_s,
         "steps": len(steps),
@@ -208,6 +211,8 @@ def summary(traces: Sequence[Trace], wall_s: float) -> dict[str, object]:
         "itl_ms": quantiles([gap for trace in traces for gap in trace.gaps_ms]),
         "first_request_ttft_ms": traces[0].first_ms,
         "cached_tokens": sum(out.cached_tokens for out in completions),
+        "drafted_tokens": sum(out.drafted_tokens for out in completions),
+        "accepted_tokens": sum(out.accepted_tokens for out in completions),
         "preemptions": sum(trace.job.sequence.num_preempted for trace in traces),
     }
 

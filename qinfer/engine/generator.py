@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterator
-from itertools import count
+from itertools import count, groupby
 from time import perf_counter
 from types import TracebackType
 from typing import TypeAlias, overload
@@ -16,6 +16,7 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
+from qinfer.engine.draft import NgramDraft
 from qinfer.engine.front import AsyncFront
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
@@ -87,6 +88,7 @@ class Generator:
         max_batch: int = 64,
         max_step_tokens: int = 2048,
         prefix_cache: bool = True,
+        draft_tokens: int = 0,
     ) -> None:
         """Allocate the page pool.
 
@@ -98,10 +100,15 @@ class Generator:
             max_batch: Most requests that run at a time.
             max_step_tokens: Most tokens in a step; longer prompts are processed in several.
             prefix_cache: Whether requests that begin alike share the pages of their beginning.
+            draft_tokens: Most tokens to guess from the text so far and to check in one step; 0 guesses nothing. It
+                changes no token, and pays where texts repeat their prompts.
         """
+        if draft_tokens < 0:
+            raise ValueError(f"draft_tokens must be at least 0, got {draft_tokens}")
         if max_tokens < 1 or page_size < 1:
             raise ValueError(f"max_tokens and page_size must be at least 1, got {max_tokens} and {page_size}")
         self.model = model
+        self.draft_tokens = draft_tokens
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
         self.scheduler = Scheduler(
             self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache
@@ -110,7 +117,7 @@ class Generator:
         longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
         self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
         self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
-        self._news: list[tuple[Job, int]] = []  # ids that no event has told yet
+        self._news: list[tuple[Job, bool]] = []  # who has ids that no event has told, and whether sampling went well
         self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's
         self._front = AsyncFront(self._advance)
         self._ids = count()
@@ -240,8 +247,11 @@ class Generator:
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
         healed, healing = self._healing(ids) if params.token_healing else ((), None)
         ids = ids[: len(ids) - len(healed)]
-        sampler = SamplerState(params, ids)
-        return Sequence(next(self._ids), ids, params, sampler, ends, healed, healing)
+        sequence = Sequence(next(self._ids), ids, params, SamplerState(params, ids), ends, healed, healing)
+        # Mirostat has to see each id before it can judge the next.
+        if self.draft_tokens and not (params.mirostat_tau and params.temperature):
+            sequence.drafter = NgramDraft(self.draft_tokens)
+        return sequence
 
     def _healing(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor | None]:
         """Return the id to cut off a prompt, and which ids may come in its place; nothing where only one could."""
@@ -276,6 +286,11 @@ class Generator:
 
     def _advance(self) -> None:
         """Launch the next step, then read and deliver what the one before gave."""
+        if self.draft_tokens:
+            # A guess needs all ids, so a step with drafts waits for the one before.
+            self._settle()
+            for sequence in self.scheduler.running:
+                sequence.guess()
         step = self.scheduler.schedule()
         with _FailTogether([self._jobs[sequence.id] for sequence, _ in step], self._settle):
             launched = self.runner.launch(step) if step else None
@@ -300,23 +315,25 @@ class Generator:
             ids = sampled.ids()
         self.seconds_waited += perf_counter() - start
         logprobs = sampled.logprobs()
-        for row, (sequence, token_id) in enumerate(zip(sampled.rows, ids, strict=True)):
+        row = 0
+        for sequence, own in groupby(sampled.rows):
+            sampled_ids = ids[row : row + len(list(own))]
             # A sequence that was rewound meanwhile expects nothing of this step either.
             if sequence.state is not State.FINISHED and sequence.source >= 0:
-                sequence.source = -1
-                if token_id >= 0:
-                    sequence.generated.append(token_id)
-                    sequence.logprobs += [logprobs[row]] if row in logprobs else []
-                self._news.append((self._jobs[sequence.id], token_id))
+                before = len(sequence.generated)
+                self._news.append((self._jobs[sequence.id], sequence.accept(sampled_ids)))
+                if logprobs and sequence.params.logprobs is not None:
+                    sequence.logprobs += [logprobs[row + i] for i in range(len(sequence.generated) - before)]
+            row += len(sampled_ids)
 
     def _deliver(self) -> None:
         """Turn new ids into events; a request that raises ends alone."""
         news, self._news = self._news, []
-        for job, token_id in news:
+        for job, is_whole in news:
             with _FailAlone(job):
-                if token_id < 0 and not job.finished:
-                    raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")
                 job.deliver()
+                if not is_whole and not job.finished:
+                    raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")
 
 
 def _holds_prompts(prompts: Prompt | abc.Sequence[Prompt]) -> bool:

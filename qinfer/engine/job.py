@@ -26,8 +26,10 @@ class Completion:
     prompt_tokens: int
     error: BaseException | None = None  # why, when finish_reason is "error"
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where SamplingParams.logprobs asks for them
-    # Tokens of the prompt that were in the pool already; two completions that differ in this are equal.
+    # How the tokens came about does not tell completions apart. These were in the pool already:
     cached_tokens: int = field(default=0, compare=False)
+    drafted_tokens: int = field(default=0, compare=False)  # guesses that were checked
+    accepted_tokens: int = field(default=0, compare=False)  # guesses that were right
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class Job:
             error=error,
             logprobs=logprobs,
             cached_tokens=sequence.cached_tokens,
+            drafted_tokens=0 if sequence.drafter is None else sequence.drafter.num_drafted,
+            accepted_tokens=0 if sequence.drafter is None else sequence.drafter.num_accepted,
         )
         first = self._num_in_events
         last = Event(self.id, text, token_ids[first:], reason, error, self.completion, logprobs[first:])

@@ -88,7 +88,8 @@ class Scheduler:
                 prompts.append(sequence)
             elif num_tokens < sequence.max_tokens and sequence.state is State.RUNNING and self._grow(sequence):
                 step.append((sequence, 1))
-        budget = self.max_step_tokens - len(step)
+        step = self._with_drafts(step)
+        budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
             budget = min(budget, self.max_mixed_tokens)
         for sequence in prompts:
@@ -155,6 +156,21 @@ class Scheduler:
                 if last is sequence:
                     return False
         return True
+
+    def _with_drafts(self, step: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Add drafts to decoding sequences, as far as there is room that nobody else wants."""
+        budget = self.max_step_tokens - len(step)
+        drafted = []
+        for sequence, count in step:
+            if sequence.drafts:
+                wanted = self.pages.pages_for(sequence.num_computed + 1 + len(sequence.drafts)) - len(sequence.pages)
+                if len(sequence.drafts) > budget or wanted > self.pages.num_free:
+                    sequence.drafts = []
+                else:
+                    sequence.pages += self.pages.allocate(max(0, wanted))
+            budget -= len(sequence.drafts)
+            drafted.append((sequence, count + len(sequence.drafts)))
+        return drafted
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; what it has published may still be there when it returns."""

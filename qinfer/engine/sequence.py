@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from qinfer.engine.draft import NgramDraft
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams
 
 
@@ -39,6 +40,8 @@ class Sequence:
     healed: tuple[int, ...] = ()  # the id cut off the prompt, where the first generated one begins like it
     healing: Tensor | None = None  # [V] bool, the ids that begin like it
     priority: int = 0  # higher ones go first
+    drafter: NgramDraft | None = None
+    drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
     generated: list[int] = field(default_factory=list)  # ids that are on the host
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted
     bans: dict[int, set[int]] = field(default_factory=dict)  # ids that were tried and taken back, by their place
@@ -101,23 +104,63 @@ class Sequence:
         self.pages = []
         self.allocation += 1
         self.num_computed = self.num_published = 0
+        self.drafts = []
 
     def pending(self, count: int) -> Ids[int]:
         """Return the next `count` tokens to compute; the one that only the device knows is -1 - row."""
-        start, end = self.num_computed - len(self.prompt), self.num_computed + count - len(self.prompt)
-        ids = (
-            *self.prompt[self.num_computed : self.num_computed + count],
-            *self.generated[max(0, start) : max(0, end)],
-        )
-        return ids if len(ids) == count else (*ids, self.newest)
+        ids = self.ids(self.num_computed, self.num_computed + count)
+        if len(ids) < count and self.source >= 0:
+            ids = (*ids, self.newest)
+        return (*ids, *self.drafts[: count - len(ids)])
 
-    def row(self) -> Row:
-        """Return what the next token is sampled with; it depends on the request and on the ids so far alone."""
-        step = len(self.generated)
+    def guess(self) -> None:
+        """Draft the next ids; all ids must be on the host, and the newest the only one to compute."""
+        if self.drafter is not None and self.num_pending == 1 and self.source < 0:
+            self.drafter.extend(self.ids(self.drafter.num_ids, self.num_known))
+            # One more id is sampled behind the last draft.
+            self.drafts = self.drafter.propose(self.max_tokens - self.num_known - 1)
+
+    def accept(self, sampled: Ids[int]) -> bool:
+        """Take the ids sampled behind the newest token and behind each draft, up to the first draft that was wrong.
+
+        Returns:
+            Whether all that was to be taken was sampled; -1 is what was not.
+        """
+        before, is_whole = len(self.generated), True
+        for place, token_id in enumerate(sampled):
+            is_whole = token_id >= 0
+            if not is_whole:
+                break
+            self.generated.append(token_id)
+            if place < len(self.drafts) and token_id != self.drafts[place]:
+                break
+        self.source = -1
+        if self.drafts:
+            assert self.drafter is not None
+            self.drafter.judge(len(self.drafts), max(0, len(self.generated) - before - 1))
+            self.drafts = []
+            # What was computed behind the last right draft is written over.
+            self.num_computed = self.num_known - 1
+        return is_whole
+
+    def rows(self) -> list[Row]:
+        """Return what the next token, and the one behind each draft, is sampled with.
+
+        A row depends on the request and on the ids before it alone.
+        """
+        if not self.drafts:
+            return [self._row(self.generated)]
+        rows = [self._row([*self.generated, *self.drafts[:place]]) for place in range(len(self.drafts) + 1)]
+        self.sampler.rewind(len(self.generated))
+        return rows
+
+    def _row(self, generated: list[int]) -> Row:
+        """Return what the token after these ids is sampled with."""
+        step = len(generated)
         banned: Ids[int] = ()
         if self.bans or step < self.params.min_new_tokens:
             banned = [*self.bans.get(step, ()), *(self.ends if step < self.params.min_new_tokens else ())]
-        return self.sampler.row(self.generated, banned=banned, mask=None if step else self.healing)
+        return self.sampler.row(generated, banned=banned, mask=None if step else self.healing)
 
     def rewind(self, num_generated: int) -> None:
         """Take back all generated ids after the first `num_generated`, and the one that is on its way."""
@@ -126,3 +169,5 @@ class Sequence:
         self.bans = {place: ids for place, ids in self.bans.items() if place <= num_generated}
         self.num_computed = min(self.num_computed, self.num_known - 1)
         self.sampler.rewind(num_generated)
+        if self.drafter is not None:
+            self.drafter.rewind(self.num_known)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.graphs import GraphRunner
 from qinfer.engine.rows import DecodeRows
-from qinfer.engine.sampling import Logprobs, SamplerState, SamplingParams, logprobs, sample
+from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
 from qinfer.engine.sequence import Sequence, TokenLogprobs
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
@@ -48,11 +48,16 @@ def _sizes(largest: int) -> list[int]:
     return sorted({size for power in powers for size in (power, power + 1, power + 16) if size <= largest} | {largest})
 
 
+def _wanted_logits(surplus: int) -> Literal["all", "last", "none"]:
+    """Say which logits a piece wants: none when tokens stay pending, all when drafts follow the newest one."""
+    return "none" if surplus < 0 else "all" if surplus else "last"
+
+
 @dataclass(frozen=True)
 class Launched:
     """A step whose logits the device has, or will have."""
 
-    rows: list[Sequence]  # whose next token the step gives, one per row of logits
+    sequences: list[Sequence]  # whose next token the step gives, in the order of the logits
     logits: Tensor  # [R, V], valid until the next launch
 
 
@@ -60,7 +65,7 @@ class Launched:
 class Sampled:
     """A step whose ids are on their way to the host."""
 
-    rows: list[Sequence]
+    rows: list[Sequence]  # one after the other; those with drafts have several
     _ids: Tensor
     _asked: list[int]  # rows that want to know their logprobs
     _logprobs: Logprobs | None
@@ -120,13 +125,11 @@ class StepRunner:
         Args:
             step: Sequences with their number of tokens.
         """
-        complete = [sequence for sequence, count in step if count == sequence.num_pending]
+        complete = [sequence for sequence, count in step if count >= sequence.num_pending]
         if len(complete) == len(step) == sum(count for _, count in step):
             logits = self._decode(complete)
         else:
-            pieces = [
-                Piece(s.pending(n), s.num_computed, s.pages, "last" if n == s.num_pending else "none") for s, n in step
-            ]
+            pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(n - s.num_pending)) for s, n in step]
             batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
             logits = self._forward(batch, self._cache)
         for sequence, count in step:
@@ -135,13 +138,17 @@ class StepRunner:
 
     def sample(self, launched: Launched) -> Sampled | None:
         """Launch the choice of the next tokens and their way to the host; None when the step gives no token."""
-        rows = launched.rows
+        rows, options = list[Sequence](), list[Row]()
+        for sequence in launched.sequences:
+            sequence.source = len(rows)
+            options += (own := sequence.rows())
+            rows += [sequence] * len(own)
         if not rows:
             return None
-        ids = sample(launched.logits, [sequence.row() for sequence in rows])
-        self._sampled[: len(rows)].copy_(ids)
-        for row, sequence in enumerate(rows):
-            sequence.source = row
+        ids = sample(launched.logits, options)
+        # Nobody reads them here when there were drafts: the host has to say first how many were right.
+        kept = min(len(rows), len(self._sampled))
+        self._sampled[:kept].copy_(ids[:kept])
         asked = [row for row, sequence in enumerate(rows) if sequence.params.logprobs is not None]
         told = None
         if asked:
@@ -151,7 +158,8 @@ class StepRunner:
         if not self._on_gpu:
             return Sampled(rows, ids, asked, told, None)
         self._host_ids.reverse()
-        host = self._host_ids[0][: len(rows)].copy_(ids, non_blocking=True)
+        room = self._host_ids[0][: len(rows)]
+        host = room.copy_(ids, non_blocking=True) if len(room) == len(rows) else _copying(ids)
         if told is not None:
             told = Logprobs(
                 *(torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in told)

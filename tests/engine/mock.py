@@ -79,11 +79,14 @@ class MockCache:
 class MockModel:
     """The part of a model that the generator uses."""
 
-    def __init__(self, *, tokenizer: Any = None, eos_ids: Sequence[int] = (), max_positions: int = 1000) -> None:
+    def __init__(
+        self, *, tokenizer: Any = None, eos_ids: Sequence[int] = (), max_positions: int = 1000, memory: int = 0
+    ) -> None:
         self.config = SimpleNamespace(vocab_size=VOCAB, max_positions=max_positions)
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.device = torch.device("cpu")
+        self.memory = memory
         self.steps: list[list[int]] = []  # tokens per sequence of each step
         self.fail_at: int | None = None  # number of the step that raises
 
@@ -106,17 +109,20 @@ class MockModel:
             pages = batch.page_table[row, : -(-length // cache.slots.shape[1])].long()
             tokens = cache.slots[pages].flatten()[:length].tolist()
             histories += [tokens[: length - last + token + 1] for token in range(first, last)]
-        wanted = [logits_after(histories[row]) for row in batch.logit_rows.tolist()]
+        wanted = [logits_after(histories[row][-self.memory :]) for row in batch.logit_rows.tolist()]
         return torch.stack(wanted) if wanted else torch.empty(0, VOCAB)
 
 
-def expected(prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[int] = ()) -> list[int]:
-    """The ids that a request must generate, one full history at a time; stop strings are not looked at."""
+def expected(prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[int] = (), memory: int = 0) -> list[int]:
+    """The ids that a request must generate, one full history at a time; stop strings are not looked at.
+
+    A model with a short memory repeats itself.
+    """
     ids: list[int] = []
     stream = UniformStream(params.seed)
     ends = {*params.stop_ids, *(() if params.ignore_eos else eos_ids)}
     while len(ids) < params.max_new_tokens and not (ids and ids[-1] in ends):
-        token = int(sample(logits_after([*prompt, *ids])[None], [Row(params, stream.at(len(ids)))]))
+        token = int(sample(logits_after([*prompt, *ids][-memory:])[None], [Row(params, stream.at(len(ids)))]))
         if token < 0:
             break
         ids.append(token)
