@@ -132,7 +132,7 @@ class Scheduler:
             shared = match(self.pages, sequence) if self.prefix_cache else []
             needed = self.pages.pages_for(sequence.num_known) - len(shared)
             idle = sum(self.pages.references(page) == 0 for page in shared)
-            if needed + len(self.running) // _SEQUENCES_PER_SPARE_PAGE > self.pages.num_free - idle:
+            if needed + self._spare_pages() > self.pages.num_free - idle:
                 return
             for page in shared:
                 self.pages.share(page)
@@ -144,6 +144,16 @@ class Scheduler:
             del self.waiting[0]
             sequence.state = State.RUNNING
             insort(self.running, sequence, key=Sequence.order)
+
+    def _spare_pages(self) -> int:
+        """Return how many pages an admission leaves to the sequences that run: never more than they could fill."""
+        most = len(self.running) // _SEQUENCES_PER_SPARE_PAGE
+        wanted = 0
+        for sequence in self.running:
+            if wanted >= most:
+                break
+            wanted += self.pages.pages_for(sequence.max_tokens) - len(sequence.pages)
+        return min(most, wanted)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for one more token; say whether the sequence still runs, or had to give way itself."""

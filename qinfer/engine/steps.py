@@ -160,10 +160,7 @@ class StepRunner:
         self._host_ids.reverse()
         room = self._host_ids[0][: len(rows)]
         host = room.copy_(ids, non_blocking=True) if len(room) == len(rows) else _copying(ids)
-        if told is not None:
-            told = Logprobs(
-                *(torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in told)
-            )
+        told = None if told is None else Logprobs(*map(_copying, told))
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(self._model.device))
         return Sampled(rows, host, asked, told, arrived)

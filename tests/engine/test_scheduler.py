@@ -46,6 +46,19 @@ def test_sequence_takes_the_pages_it_needs_and_no_more() -> None:
     assert counts == [1, 2, 2, 2, 2, 3, 3, 3, 3, 0]
 
 
+def test_pool_for_the_worst_case_admits_everybody_at_once() -> None:
+    world = World(num_pages=20, max_batch=10, max_step_tokens=99)
+    for number in range(10):
+        world.submit([number, 1, 2, 3, 4, 5], 2)
+    assert len(world.step()) == 10
+    # Where sequences will grow, some room is left to them.
+    other = World(num_pages=20, max_batch=10, max_step_tokens=99)
+    for number in range(10):
+        other.submit([number, 1, 2, 3, 4, 5], 9)
+    assert len(other.step()) == 9
+    other.drain()
+
+
 def test_last_in_order_gives_way_and_comes_back() -> None:
     world = World(num_pages=4, max_batch=2, max_step_tokens=20)
     first, second = world.submit([1, 2, 1], 12), world.submit([2, 2], 12)
