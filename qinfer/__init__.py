@@ -1,6 +1,7 @@
 """qinfer runs quantized language models on any GPU that Triton reaches, with nothing to compile."""
 
-from qinfer.engine.generator import Completion, Event, Generator
+from qinfer.engine.generator import Generator
+from qinfer.engine.job import Completion, Event
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.model import Model
 from qinfer.parallel.context import TPContext

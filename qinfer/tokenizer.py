@@ -116,6 +116,21 @@ class Tokenizer:
             text: str = self._backend.decode(listed, skip_special_tokens=True)
         return text
 
+    def continuations(self, token_id: int) -> list[int]:
+        """Return the ids of all tokens whose spelling begins with that of a token, itself included.
+
+        Special tokens begin like nothing else.
+        """
+        spelling = self._spellings.get(token_id)
+        if spelling is None:
+            return [token_id]
+        return [other for other, text in self._spellings.items() if text.startswith(spelling)]
+
+    @cached_property
+    def _spellings(self) -> dict[int, str]:
+        """How the vocabulary spells its tokens, which is not their text but begins alike where the text does."""
+        return {token_id: text for text, token_id in self._backend.get_vocab(with_added_tokens=False).items()}
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: object
     ) -> str:

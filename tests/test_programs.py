@@ -75,6 +75,32 @@ def test_bench_model_writes_every_field(tmp_path: Path, capsys: pytest.CaptureFi
     assert "tokens_per_second" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("load", [["--clients", "2"], ["--rate", "50"]])
+def test_bench_serve_writes_every_field(load: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    lengths = ["--prompt-tokens", "3", "20", "--new-tokens", "4", "4", "--shared-prefix", "300"]
+    arguments = ["serve", "--model", str(STORYTELLER), "--requests", "5", *lengths, *load]
+    assert bench([*arguments, "--device", "cpu", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    for field in ("ttft_ms", "tpot_ms", "itl_ms", "step_ms"):
+        assert 0 < result[field]["p50"] <= result[field]["p90"] <= result[field]["p99"], field
+    assert result["output_tokens_per_second"] * result["wall_s"] == pytest.approx(5 * 4)
+    # The first page of the prefix is computed by whoever comes first, and by those that begin at the same time.
+    assert result["cached_tokens"] in (256 * n for n in (1, 2, 3, 4))
+    assert (result["preemptions"], result["revision"] != "") == (0, True)
+    assert 0 < result["host_ms_per_step"] <= sum(result["step_ms"].values())
+
+
+def test_bench_serve_refuses_impossible_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        (["--prompt-tokens", "9", "3"], "--prompt-tokens must be 1 <= MIN <= MAX, got 9 3"),
+        (["--rate", "0"], "--rate must be above 0"),
+        (["--clients", "0"], "--clients must be at least 1"),
+    ):
+        assert bench(["serve", "--model", str(STORYTELLER), "--device", "cpu", *options]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_bench_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench(["model", "--preset", "gpt-5"])

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qinfer.bench import model, op, summary, tune
+from qinfer.bench import model, op, serve, summary, tune
 from qinfer.errors import QinferError
 
 
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qinfer.bench", description="Measure qinfer on this device.")
     programs = parser.add_subparsers(dest="program", metavar="BENCHMARK")
     model.add_parser(programs)
+    serve.add_parser(programs)
     op.add_parser(programs)
     tune.add_parser(programs)
     parser.set_defaults(run=summary.run)

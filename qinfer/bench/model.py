@@ -14,7 +14,8 @@ from torch import Tensor
 from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
 from qinfer.bench.report import emit
 from qinfer.bench.synthetic import PRESETS, WEIGHTS, synthetic_model, synthetic_sizes
-from qinfer.engine.generator import Generator, Job
+from qinfer.engine.generator import Generator
+from qinfer.engine.job import Job
 from qinfer.engine.sampling import SamplingParams
 from qinfer.kernels.device import default_device
 from qinfer.models.batch import Batch, Piece
@@ -112,13 +113,17 @@ def _decode(model: Model, options: argparse.Namespace) -> Times:
 
 
 def time_steps(generator: Generator, jobs: Sequence[Job]) -> Times:
-    """Time steps in which all submitted requests decode, up to the first that ends one."""
+    """Time steps in which all submitted requests decode, up to the first that ends one.
+
+    A step returns when the ids of the one before are on the host; in between, the device does not pause.
+    """
     # Prompts are processed, and graphs recorded, before the clock counts.
     while any(len(job.sequence.generated) < 3 for job in jobs):
         generator.step()
+    synchronize(generator.model.device)
+    generator.step()
     samples = []
     while not any(job.finished for job in jobs):
-        synchronize(generator.model.device)
         start = time.perf_counter()
         generator.step()
         samples.append((time.perf_counter() - start) * 1e3)

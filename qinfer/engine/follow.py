@@ -38,5 +38,7 @@ def _repeat(model: Model, group: Group) -> None:
             model.logits(message["token_ids"])
         elif "settings" in message:
             generators[message["generator"]] = Generator(model, **message["settings"])
+        elif "warm_up" in message:
+            generators[message["generator"]].warm_up()
         else:
             generators[message["generator"]].repeat(message["requests"], message["cancelled"])

@@ -7,31 +7,28 @@ loops over the same step. A generator belongs to one thread.
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import count, groupby
+from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
+import torch
 from torch import Tensor
 
-from qinfer.engine.graphs import GraphRunner
+from qinfer.engine.draft import NgramDraft
+from qinfer.engine.front import AsyncFront
+from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
-from qinfer.engine.sampling import SamplingParams, UniformStream, sample
+from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.scheduler import Scheduler
-from qinfer.engine.sequence import Sequence
-from qinfer.engine.text import TextStream
+from qinfer.engine.sequence import Sequence, State
+from qinfer.engine.steps import Sampled, StepRunner
 from qinfer.engine.turns import Turns
 from qinfer.errors import NonFiniteLogits
-from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
 
 Prompt: TypeAlias = str | abc.Sequence[int]
-FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
-Step: TypeAlias = list[tuple[Sequence, int]]
-
-# Ids of the prompt that the detokenizer sees: enough for a few words of context.
-_TAIL = 8
 
 _NON_FINITE = (
     "the model gave NaN or infinite logits. "
@@ -39,90 +36,13 @@ _NON_FINITE = (
 )
 
 
-@dataclass(frozen=True)
-class Completion:
-    """Everything that one request generated."""
-
-    text: str  # empty without a tokenizer
-    token_ids: tuple[int, ...]  # with the id that ended it, if one did
-    finish_reason: FinishReason
-    prompt_tokens: int
-    error: BaseException | None = None  # why, when finish_reason is "error"
-
-
-@dataclass(frozen=True)
-class Event:
-    """What one step did for one request; the texts of a request's events join to the text of its completion."""
-
-    job: int  # Job.id
-    text: str  # text that became final; empty while a character or a stop string may be incomplete
-    token_ids: tuple[int, ...]  # new ids
-    finish_reason: FinishReason | None = None  # in the last event of the request
-    error: BaseException | None = None
-    completion: Completion | None = None  # in the last event of the request
-
-
-class Job:
-    """A request that was submitted."""
-
-    def __init__(self, generator: Generator, sequence: Sequence, text: TextStream, events: list[Event]) -> None:
-        """Belong to a generator; `events` is where the request's events are delivered."""
-        self.id = sequence.id
-        self.sequence = sequence
-        self.completion: Completion | None = None
-        self._generator = generator
-        self._stream = text
-        self._events = events
-        self._texts: list[str] = []
-
-    @property
-    def finished(self) -> bool:
-        """Whether the request has its completion."""
-        return self.completion is not None
-
-    def cancel(self) -> None:
-        """Finish now and return the pages; the last event comes with the next step. Nothing happens when finished."""
-        if not self.finished:
-            self._generator.turns.cancel(self.id)
-            self._generator.finish(self, "cancelled", text=self._stream.flush())
-
-    def advance(self, token_id: int, eos_ids: abc.Set[int]) -> None:
-        """Take the next id and deliver its event; end the request if that was its last."""
-        sequence, params = self.sequence, self.sequence.params
-        sequence.generated.append(token_id)
-        text = ""
-        reason: FinishReason | None = "length" if len(sequence.generated) == params.max_new_tokens else None
-        if token_id in params.stop_ids or (token_id in eos_ids and not params.ignore_eos):
-            reason = "stop"
-        else:
-            text = self._stream.push(token_id)
-            reason = "stop" if self._stream.stopped else reason
-        if reason is None:
-            self._texts.append(text)
-            self._events.append(Event(self.id, text, (token_id,)))
-        else:
-            self._generator.finish(self, reason, text=text + self._stream.flush(), token_ids=(token_id,))
-
-    def fail(self, error: BaseException) -> None:
-        """End the request because of an error, with the text it has."""
-        self._generator.finish(self, "error", text=self._stream.flush(), error=error)
-
-    def deliver_last(
-        self, reason: FinishReason, text: str, token_ids: tuple[int, ...], error: BaseException | None
-    ) -> None:
-        """Make the completion and the last event."""
-        self._texts.append(text)
-        generated, prompt_tokens = tuple(self.sequence.generated), len(self.sequence.prompt)
-        self.completion = Completion("".join(self._texts), generated, reason, prompt_tokens, error)
-        self._events.append(Event(self.id, text, token_ids, reason, error, self.completion))
-
-
 class _FailTogether:
     """Ends the requests of a step with "error" when an exception leaves the block, and lets the exception go on."""
 
-    def __init__(self, generator: Generator, jobs: abc.Sequence[Job]) -> None:
-        self._generator = generator
+    def __init__(self, generator: Generator, jobs: abc.Sequence[Job], settle: Callable[[], None]) -> None:
+        self._comm = generator.model.comm
         self._jobs = jobs
+        self._settle = settle
 
     def __enter__(self) -> None:
         """Nothing to prepare."""
@@ -130,13 +50,33 @@ class _FailTogether:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End what is not finished; text still withheld is dropped, since the tokenizer may be what raised."""
+        """Deliver what the step before gave, then end what is not finished."""
         if error is not None:
             # Other ranks may have come further, or less far.
-            self._generator.model.comm.fail(f"{type(error).__name__}: {error}")
-            for job in self._jobs:
-                if not job.finished:
-                    self._generator.finish(job, "error", error=error)
+            self._comm.fail(f"{type(error).__name__}: {error}")
+            try:
+                self._settle()
+            finally:
+                for job in self._jobs:
+                    job.fail(error)
+
+
+class _FailAlone:
+    """Ends one request with "error" when an exception leaves the block, which goes no further."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Keep the error in the completion; what is no Exception, such as a keyboard interrupt, goes on."""
+        if error is not None:
+            self._job.fail(error)
+        return isinstance(error, Exception)
 
 
 class Generator:
@@ -151,6 +91,8 @@ class Generator:
         page_size: int = 256,
         max_batch: int = 64,
         max_step_tokens: int = 2048,
+        prefix_cache: bool = True,
+        draft_tokens: int = 0,
     ) -> None:
         """Allocate the page pool.
 
@@ -161,7 +103,12 @@ class Generator:
             page_size: Tokens per page.
             max_batch: Most requests that run at a time.
             max_step_tokens: Most tokens in a step; longer prompts are processed in several.
+            prefix_cache: Whether requests that begin alike share the pages of their beginning.
+            draft_tokens: Most tokens to guess from the text so far and to check in one step; 0 guesses nothing. It
+                changes no token, and pays where texts repeat their prompts.
         """
+        if draft_tokens < 0:
+            raise ValueError(f"draft_tokens must be at least 0, got {draft_tokens}")
         if max_tokens < 1 or page_size < 1:
             raise ValueError(f"max_tokens and page_size must be at least 1, got {max_tokens} and {page_size}")
         settings = {
@@ -170,34 +117,49 @@ class Generator:
             "page_size": page_size,
             "max_batch": max_batch,
             "max_step_tokens": max_step_tokens,
+            "prefix_cache": prefix_cache,
+            "draft_tokens": draft_tokens,
         }
         self.model = model
+        self.draft_tokens = draft_tokens
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
-        self.scheduler = Scheduler(self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens)
+        self.scheduler = Scheduler(
+            self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache
+        )
         self.cache = model.new_cache(self.pages.num_pages, page_size=page_size, kv_format=kv_format)
-        self.graphs: GraphRunner | None = None
-        if model.device.type == "cuda":
-            longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
-            self.graphs = GraphRunner(model.decoder, self.cache, max_batch=max_batch, table_width=longest)
+        longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
+        self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
+        self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
+        self._news: list[tuple[Job, bool]] = []  # who has ids that no event has told, and whether sampling went well
+        self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's
+        self._front = AsyncFront(self._advance)
         self.turns = Turns(model.comm, settings)
         self._ids = count()
         self._jobs: dict[int, Job] = {}
         self._events: list[Event] = []
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Job:
+    def warm_up(self) -> None:
+        """Compile and record everything that serving can ask for, so that no request waits for it later."""
+        self.turns.warm_up()
+        self.runner.warm_up(self.scheduler.max_step_tokens)
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Job:
         """Queue a request; `step` runs it and returns its events.
 
         Args:
             prompt: Text, or token ids.
             params: How to sample; None means `SamplingParams()`.
+            priority: Requests of a higher one go first, and are the last to give way when pages run out.
 
         Raises:
             ValueError: If the prompt is empty, holds an id that the model does not have, or is too long.
         """
-        return self._enqueue(self._sequence(prompt, params), self._events)
+        sequence = self._sequence(prompt, params)
+        sequence.priority = priority
+        return self._enqueue(sequence, self._events)
 
     def step(self) -> list[Event]:
-        """Run the model once, if there is anything to run, and return the events of submitted requests.
+        """Launch one step, if there is anything to run, and return the events that have come of the steps before.
 
         Raises:
             Exception: Whatever the model raises; the requests of that step have then ended with "error" and their pages
@@ -253,28 +215,17 @@ class Generator:
         """Complete one prompt and yield its events; closing the iterator cancels the request."""
         return self._stream(self._sequence(prompt, params))
 
-    def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
-        """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
-        for request in requests:
-            params = SamplingParams(**request["params"])
-            self._enqueue(Sequence(request["id"], tuple(request["prompt"]), params, UniformStream(params.seed)), [])
-        for number in cancelled:
-            self._jobs[number].cancel()
-        self._advance()
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[Event]:
+        """Complete one prompt and yield its events to an asyncio task; any number of tasks may do so at a time.
 
-    def finish(
-        self,
-        job: Job,
-        reason: FinishReason,
-        *,
-        text: str = "",
-        token_ids: tuple[int, ...] = (),
-        error: BaseException | None = None,
-    ) -> None:
-        """Return the pages of a request that is not finished, wherever it stands, and deliver its last event."""
-        self.scheduler.finish(job.sequence, reason)
-        del self._jobs[job.id]
-        job.deliver_last(reason, text, token_ids, error)
+        Steps run in a thread. While a stream is open, use no other method of the generator. A request that fails has
+        the error in its last event.
+        """
+        sequence = self._sequence(prompt, params)
+        sequence.priority = priority
+        return self._front.stream(lambda events: self._enqueue(sequence, events))
 
     def _stream(self, sequence: Sequence) -> Iterator[Event]:
         """Run a sequence once somebody asks for its first event."""
@@ -289,12 +240,27 @@ class Generator:
         finally:
             job.cancel()
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams | None) -> Sequence:
+    def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
+        """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
+        for request in requests:
+            sequence = self._sequence(request["prompt"], SamplingParams(**request["params"]), number=request["id"])
+            sequence.priority = request["priority"]
+            self._enqueue(sequence, [])
+        for number in cancelled:
+            self._jobs[number].cancel()
+        self._advance()
+
+    def _sequence(self, prompt: Prompt, params: SamplingParams | None, *, number: int | None = None) -> Sequence:
         """Check a request against the model and the pool."""
         params = params or SamplingParams()
+        params.check_vocabulary(self.model.config.vocab_size)
         ids = tuple(self.model.check_token_ids(self._encode(prompt)))
-        if params.stop and self.model.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer and the model has none; stop_ids works without")
+        for name in ("stop", "banned_strings", "token_healing"):
+            if getattr(params, name) and self.model.tokenizer is None:
+                raise ValueError(
+                    f"{name}={getattr(params, name)!r} needs a tokenizer and the model has none; "
+                    "stop_ids, banned_ids and allowed_ids work without"
+                )
         total = len(ids) + params.max_new_tokens
         asked = f"{len(ids)} prompt tokens + max_new_tokens={params.max_new_tokens} are {total} tokens"
         limit = self.model.config.max_positions
@@ -303,7 +269,25 @@ class Generator:
         room = self.pages.num_pages * self.pages.page_size
         if total > room:
             raise ValueError(f"{asked}, the page pool holds {room}; raise Generator(max_tokens=...)")
-        return Sequence(next(self._ids), ids, params, UniformStream(params.seed))
+        ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
+        healed, healing = self._healing(ids) if params.token_healing else ((), None)
+        ids = ids[: len(ids) - len(healed)]
+        number = next(self._ids) if number is None else number
+        sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing)
+        # Mirostat has to see each id before it can judge the next.
+        if self.draft_tokens and not (params.mirostat_tau and params.temperature):
+            sequence.drafter = NgramDraft(self.draft_tokens)
+        return sequence
+
+    def _healing(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor | None]:
+        """Return the id to cut off a prompt, and which ids may come in its place; nothing where only one could."""
+        assert self.model.tokenizer is not None
+        allowed = self.model.tokenizer.continuations(prompt[-1])
+        if len(prompt) == 1 or len(allowed) == 1:
+            return (), None
+        mask = torch.zeros(self.model.config.vocab_size, dtype=torch.bool)
+        mask[allowed] = True
+        return prompt[-1:], mask.to(self.model.device)
 
     def _encode(self, prompt: Prompt) -> abc.Sequence[int]:
         """Return the ids of a prompt."""
@@ -315,59 +299,73 @@ class Generator:
 
     def _enqueue(self, sequence: Sequence, events: list[Event]) -> Job:
         """Queue a checked sequence whose events go to `events`."""
-        text = TextStream(self.model.tokenizer, sequence.prompt[-_TAIL:], tuple(sequence.params.stop))
-        job = Job(self, sequence, text, events)
+        rewind = self.scheduler.rewind
+        job = Job(sequence, self.model.tokenizer, events, release=self._release, rewind=rewind)
         self.scheduler.add(sequence)
         self.turns.request(sequence)
         self._jobs[job.id] = job
         return job
 
+    def _release(self, sequence: Sequence, reason: str) -> None:
+        """Forget a request and return its pages; a step that still computes it is not listened to."""
+        self.scheduler.finish(sequence, reason)
+        if reason == "cancelled":
+            self.turns.cancel(sequence.id)
+        del self._jobs[sequence.id]
+
     def _advance(self) -> None:
-        """Run one step and deliver its events."""
-        if not self.scheduler.has_work:
+        """Launch the next step, then read and deliver what the one before gave."""
+        if self._sampled is None and not self.scheduler.has_work:
             return
         self.turns.step()
+        if self.draft_tokens:
+            # A guess needs all ids, so a step with drafts waits for the one before.
+            self._settle()
+            for sequence in self.scheduler.running:
+                sequence.guess()
         step = self.scheduler.schedule()
-        if not step:
+        with _FailTogether(self, [self._jobs[sequence.id] for sequence, _ in step], self._settle):
+            launched = self.runner.launch(step) if step else None
+            self._take()
+            if launched is not None:
+                self._sampled = self.runner.sample(launched)
+        self._deliver()
+
+    def _settle(self) -> None:
+        """Read and deliver what was sampled already, so that the host knows what the device knows."""
+        self._take()
+        self._deliver()
+
+    def _take(self) -> None:
+        """Wait for the ids of the step before and hand them to their sequences; what has ended meanwhile gets none."""
+        sampled, self._sampled = self._sampled, None
+        if sampled is None:
             return
-        jobs = [self._jobs[sequence.id] for sequence, _ in step]
-        with _FailTogether(self, jobs):
-            for sequence, token_id in self._sample(step):
-                job = self._jobs[sequence.id]
-                if token_id >= 0:
-                    job.advance(token_id, self.model.eos_ids)
-                else:
-                    job.fail(NonFiniteLogits(f"request {job.id}, position {sequence.num_computed - 1}: {_NON_FINITE}"))
+        alive = [self._jobs[sequence.id] for sequence in sampled.rows if sequence.state is not State.FINISHED]
+        start = perf_counter()
+        with _FailTogether(self, alive, self._deliver):
+            ids = sampled.ids()
+        self.seconds_waited += perf_counter() - start
+        logprobs = sampled.logprobs()
+        row = 0
+        for sequence, own in groupby(sampled.rows):
+            sampled_ids = ids[row : row + len(list(own))]
+            # A sequence that was rewound meanwhile expects nothing of this step either.
+            if sequence.state is not State.FINISHED and sequence.source >= 0:
+                before = len(sequence.generated)
+                self._news.append((self._jobs[sequence.id], sequence.accept(sampled_ids)))
+                if logprobs and sequence.params.logprobs is not None:
+                    sequence.logprobs += [logprobs[row + i] for i in range(len(sequence.generated) - before)]
+            row += len(sampled_ids)
 
-    def _sample(self, step: Step) -> list[tuple[Sequence, int]]:
-        """Run the model and return the next id of every sequence whose tokens are all computed now, -1 for none."""
-        logits = self._logits(step)
-        complete = [sequence for sequence, num_tokens in step if num_tokens == sequence.num_pending]
-        for sequence, num_tokens in step:
-            sequence.num_computed += num_tokens
-        if not complete:
-            return []
-        # The one transfer from the device in a step; rank 0 decides.
-        ids = self.model.comm.agree(sample(logits, [sequence.row() for sequence in complete]))
-        return list(zip(complete, ids, strict=True))
-
-    def _logits(self, step: Step) -> Tensor:
-        """Run the decoder: a recorded graph when every sequence has one token and wants its logits."""
-        pieces = [
-            Piece(
-                sequence.pending(n),
-                sequence.num_computed,
-                sequence.pages,
-                "last" if n == sequence.num_pending else "none",
-            )
-            for sequence, n in step
-        ]
-        page_size, device = self.pages.page_size, self.model.device
-        if self.graphs is None or any(len(piece.token_ids) > 1 or piece.wants_logits == "none" for piece in pieces):
-            return self.model.decoder(Batch.build(pieces, page_size=page_size, device=device), self.cache)
-        rows, width = self.graphs.bucket(len(pieces)), self.graphs.table_width
-        batch = Batch.build(pieces, page_size=page_size, device=device, pad_to=rows, table_width=width)
-        return self.graphs.run(batch)[: len(pieces)]
+    def _deliver(self) -> None:
+        """Turn new ids into events; a request that raises ends alone."""
+        news, self._news = self._news, []
+        for job, is_whole in news:
+            with _FailAlone(job):
+                job.deliver()
+                if not is_whole and not job.finished:
+                    raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")
 
 
 def _holds_prompts(prompts: Prompt | abc.Sequence[Prompt]) -> bool:

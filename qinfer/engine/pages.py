@@ -1,7 +1,9 @@
-"""Which pages of the KV-cache pool are in use: arithmetic on page numbers, no tensors.
+"""Which pages of the KV-cache pool are in use, and what stands in them: arithmetic on page numbers, no tensors.
 
 Every page has a reference count: 0 while it is free, 1 after `allocate`, one more for each `share`. `free` takes one
-reference back, and the page returns to the pool with its last one.
+reference back. A page whose content was published under a key can be found by it and shared; with its last reference it
+becomes idle instead of empty: it still counts as free, and idle pages are emptied, the one unused longest first, when
+no empty page is left.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from qinfer.errors import OutOfPages
 
 
 class PageTable:
-    """Counts the references to each page of a pool of fixed size."""
+    """Counts the references to each page of a pool of fixed size, and remembers the published ones."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         """Start with every page free.
@@ -28,17 +30,26 @@ class PageTable:
         self.page_size = page_size
         self._references = [0] * num_pages
         # A stack with the lowest page on top: a page freed last is the likeliest to be in a cache.
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._empty = list(range(num_pages - 1, -1, -1))
+        # Published pages without a reference, in the order in which they lost it.
+        self._idle: dict[int, None] = {}
+        self._pages: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
         """Pages that an allocation can have now."""
-        return len(self._free)
+        return len(self._empty) + len(self._idle)
 
     @property
     def num_used(self) -> int:
         """Pages with at least one reference."""
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.num_free
+
+    @property
+    def num_idle(self) -> int:
+        """Free pages whose content can still be found."""
+        return len(self._idle)
 
     def pages_for(self, num_tokens: int) -> int:
         """Return how many pages hold `num_tokens` tokens."""
@@ -57,21 +68,25 @@ class PageTable:
         """
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
-        if count > len(self._free):
-            raise OutOfPages(f"{count} pages wanted, {len(self._free)} of {self.num_pages} are free")
-        pages = [self._free.pop() for _ in range(count)]
+        if count > self.num_free:
+            raise OutOfPages(f"{count} pages wanted, {self.num_free} of {self.num_pages} are free")
+        while len(self._empty) < count:
+            page = next(iter(self._idle))
+            self.forget(page)
+        pages = [self._empty.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         return pages
 
     def share(self, page: int) -> None:
-        """Add a reference to a page in use.
+        """Add a reference to a page in use, or to an idle one.
 
         Raises:
-            ValueError: If the page is free.
+            ValueError: If nothing stands in the page.
         """
-        if self.references(page) == 0:
+        if self.references(page) == 0 and page not in self._idle:
             raise ValueError(f"page {page} is free and cannot be shared")
+        self._idle.pop(page, None)
         self._references[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
@@ -86,10 +101,41 @@ class PageTable:
                 raise ValueError(
                     f"page {page} has {self._references[page]} references and cannot be freed {times} times"
                 )
+        # From the end, so that the end of a text is emptied before the beginning without which it is worth nothing.
         for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                if page in self._keys:
+                    self._idle[page] = None
+                else:
+                    self._empty.append(page)
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Make a page in use known under a key; it must not be written any more. The first page of a key stays it.
+
+        Raises:
+            ValueError: If the page is free, or known under another key.
+        """
+        if self.references(page) == 0:
+            raise ValueError(f"page {page} is free and cannot be published")
+        if self._keys.get(page, key) != key:
+            raise ValueError(f"page {page} is published under another key")
+        if key not in self._pages:
+            self._pages[key] = page
+            self._keys[page] = key
+
+    def find(self, key: bytes) -> int | None:
+        """Return the page known under a key."""
+        return self._pages.get(key)
+
+    def forget(self, page: int) -> None:
+        """Make a page unknown; an idle one becomes empty. Nothing happens to a page that is not published."""
+        key = self._keys.pop(page, None)
+        if key is not None:
+            del self._pages[key]
+        if page in self._idle:
+            del self._idle[page]
+            self._empty.append(page)
 
     def _check(self, page: int) -> None:
         """Refuse numbers that are not pages; a negative one would otherwise count from the end."""

@@ -1,39 +1,60 @@
-"""Which sequences run how many tokens in a step: first come, first served, and nobody runs out of pages.
+"""Which sequences run how many tokens in a step: the order is priority, then arrival, and everything follows it.
 
-A sequence is admitted when the pages of its worst case, prompt + max_new_tokens, can be reserved at once, so no running
-sequence ever waits for a page. A step serves one token to every sequence that is past its prompt, then fills up to
-max_step_tokens with prompt tokens, oldest sequence first. Since max_step_tokens >= max_batch, some prompt moves in
-every step in which one is running, and the head of the queue waits only for the sequences before it.
+A sequence is admitted when pages for the tokens it has can be allocated, less those that stand in the pool already
+(`prefix`). It grows by a page when it needs one. When there is none, the last sequence in the order gives its pages
+back and waits to be computed again, so the first always runs to its end. Ids are never lost: they are on the host, or
+on their way to it.
+
+A step serves one token to every sequence that is past its prompt, then prompt tokens in order: up to max_step_tokens,
+but beside running streams no more than max_mixed_tokens, because the streams wait for the step.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 
 from qinfer.engine.pages import PageTable
+from qinfer.engine.prefix import match, publish
 from qinfer.engine.sequence import Sequence, State
 from qinfer.errors import OutOfPages
 
+# One page per so many running sequences stays free at an admission: soon each of them will want one.
+_SEQUENCES_PER_SPARE_PAGE = 4
+
 
 class Scheduler:
-    """Holds the waiting and the running sequences."""
+    """Holds the waiting and the running sequences, both in order."""
 
-    def __init__(self, pages: PageTable, *, max_batch: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        pages: PageTable,
+        *,
+        max_batch: int,
+        max_step_tokens: int,
+        max_mixed_tokens: int = 256,
+        prefix_cache: bool = True,
+    ) -> None:
         """Start empty.
 
         Args:
-            pages: The pool from which admitted sequences reserve.
+            pages: The pool from which sequences take their pages.
             max_batch: Most sequences that run at a time.
             max_step_tokens: Most tokens in a step, prompts and generated ones together.
+            max_mixed_tokens: Most prompt tokens in a step in which other sequences decode.
+            prefix_cache: Whether sequences share pages with the same beginning, running or finished.
         """
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         if max_step_tokens < max_batch:
             raise ValueError(f"max_step_tokens must be at least max_batch={max_batch}, got {max_step_tokens}")
+        if max_mixed_tokens < 1:
+            raise ValueError(f"max_mixed_tokens must be at least 1, got {max_mixed_tokens}")
         self.pages = pages
         self.max_batch = max_batch
         self.max_step_tokens = max_step_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.max_mixed_tokens = max_mixed_tokens
+        self.prefix_cache = prefix_cache
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
     @property
@@ -42,24 +63,37 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue.
+        """Queue a sequence behind those of its priority.
 
         Raises:
-            ValueError: If the whole pool could not hold it, so that it would block the queue for ever.
+            ValueError: If the whole pool could not hold it.
         """
         needed = self.pages.pages_for(sequence.max_tokens)
         if needed > self.pages.num_pages:
             raise ValueError(f"sequence needs {needed} pages, the pool has {self.pages.num_pages}")
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=Sequence.order)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
+        if self.prefix_cache:
+            for sequence in self.running:
+                if sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size:
+                    publish(self.pages, sequence)
         self._admit()
-        decoding = [sequence for sequence in self.running if sequence.generated]
-        step = [(sequence, 1) for sequence in decoding]
-        budget = self.max_step_tokens - len(decoding)
-        for sequence in self.running:
-            if budget and not sequence.generated:
+        step: list[tuple[Sequence, int]] = []
+        prompts: list[Sequence] = []
+        for sequence in tuple(self.running):
+            num_tokens = sequence.num_tokens
+            if num_tokens - sequence.num_computed > 1:
+                prompts.append(sequence)
+            elif num_tokens < sequence.max_tokens and sequence.state is State.RUNNING and self._grow(sequence):
+                step.append((sequence, 1))
+        step = self._with_drafts(step)
+        budget = self.max_step_tokens - sum(count for _, count in step)
+        if step:
+            budget = min(budget, self.max_mixed_tokens)
+        for sequence in prompts:
+            if budget and sequence.state is State.RUNNING:
                 count = min(sequence.num_pending, budget)
                 step.append((sequence, count))
                 budget -= count
@@ -73,19 +107,88 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             raise ValueError(f"sequence {sequence.id} is finished already ({sequence.finish_reason})")
+        if reason == "error":
+            # Nobody shall meet what the failure may have left behind.
+            for page in sequence.pages:
+                self.pages.forget(page)
+        elif self.prefix_cache:
+            publish(self.pages, sequence)
         self.pages.free(sequence.pages)
-        sequence.pages = []
+        sequence.drop_pages()
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
+
+    def rewind(self, sequence: Sequence, num_generated: int) -> None:
+        """Take generated ids of a sequence back; pages that others may share are left to them."""
+        sequence.rewind(num_generated)
+        del sequence.page_keys[sequence.num_known // self.pages.page_size :]
+        if sequence.num_computed < sequence.num_published * self.pages.page_size:
+            self._preempt(sequence)
 
     def _admit(self) -> None:
         """Move sequences from the queue while there is room; one that does not fit holds back those behind it."""
         while self.waiting and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
-            try:
-                sequence.pages = self.pages.allocate(self.pages.pages_for(sequence.max_tokens))
-            except OutOfPages:
+            shared = match(self.pages, sequence) if self.prefix_cache else []
+            needed = self.pages.pages_for(sequence.num_known) - len(shared)
+            idle = sum(self.pages.references(page) == 0 for page in shared)
+            if needed + self._spare_pages() > self.pages.num_free - idle:
                 return
-            self.waiting.popleft()
+            for page in shared:
+                self.pages.share(page)
+            sequence.pages = shared + self.pages.allocate(needed)
+            sequence.num_computed = len(shared) * self.pages.page_size
+            sequence.num_published = len(shared)
+            if not sequence.num_preempted:
+                sequence.cached_tokens = sequence.num_computed
+            del self.waiting[0]
             sequence.state = State.RUNNING
-            self.running.append(sequence)
+            insort(self.running, sequence, key=Sequence.order)
+
+    def _spare_pages(self) -> int:
+        """Return how many pages an admission leaves to the sequences that run: never more than they could fill."""
+        most = len(self.running) // _SEQUENCES_PER_SPARE_PAGE
+        wanted = 0
+        for sequence in self.running:
+            if wanted >= most:
+                break
+            wanted += self.pages.pages_for(sequence.max_tokens) - len(sequence.pages)
+        return min(most, wanted)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for one more token; say whether the sequence still runs, or had to give way itself."""
+        while sequence.num_computed >= len(sequence.pages) * self.pages.page_size:
+            try:
+                sequence.pages += self.pages.allocate(1)
+            except OutOfPages:
+                last = self.running[-1]
+                self._preempt(last)
+                if last is sequence:
+                    return False
+        return True
+
+    def _with_drafts(self, step: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Add drafts to decoding sequences, as far as there is room that nobody else wants."""
+        budget = self.max_step_tokens - len(step)
+        drafted = []
+        for sequence, count in step:
+            if sequence.drafts:
+                wanted = self.pages.pages_for(sequence.num_computed + 1 + len(sequence.drafts)) - len(sequence.pages)
+                if len(sequence.drafts) > budget or wanted > self.pages.num_free:
+                    sequence.drafts = []
+                else:
+                    sequence.pages += self.pages.allocate(max(0, wanted))
+            budget -= len(sequence.drafts)
+            drafted.append((sequence, count + len(sequence.drafts)))
+        return drafted
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue; what it has published may still be there when it returns."""
+        if self.prefix_cache:
+            publish(self.pages, sequence)
+        self.running.remove(sequence)
+        self.pages.free(sequence.pages)
+        sequence.drop_pages()
+        sequence.num_preempted += 1
+        sequence.state = State.WAITING
+        insort(self.waiting, sequence, key=Sequence.order)

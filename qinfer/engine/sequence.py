@@ -6,7 +6,10 @@ import enum
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
-from qinfer.engine.sampling import Row, SamplingParams, UniformStream
+from torch import Tensor
+
+from qinfer.engine.draft import NgramDraft
+from qinfer.engine.sampling import Row, SamplerState, SamplingParams
 
 
 class State(enum.Enum):
@@ -17,43 +20,154 @@ class State(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What the model thought of one generated token: natural logarithms of probabilities, before any option."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # ids and their logarithms, likeliest first
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """The ids of a prompt and of what was generated after it; host bookkeeping, no tensors."""
+    """The ids of a prompt and of what was generated after it, and where they stand."""
 
     id: int
     prompt: tuple[int, ...]
     params: SamplingParams
-    uniforms: UniformStream
-    generated: list[int] = field(default_factory=list)
+    sampler: SamplerState
+    ends: frozenset[int] = frozenset()  # ids that end the text
+    healed: tuple[int, ...] = ()  # the id cut off the prompt, where the first generated one begins like it
+    healing: Tensor | None = None  # [V] bool, the ids that begin like it
+    priority: int = 0  # higher ones go first
+    drafter: NgramDraft | None = None
+    drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
+    generated: list[int] = field(default_factory=list)  # ids that are on the host
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted
+    bans: dict[int, set[int]] = field(default_factory=dict)  # ids that were tried and taken back, by their place
+    source: int = -1  # row of the last step that samples the next token, while its id is not on the host yet
     pages: list[int] = field(default_factory=list)
-    num_computed: int = 0  # tokens whose keys and values are in the pages
+    allocation: int = 0  # grows whenever `pages` starts anew; appending to it does not count
+    num_computed: int = 0  # tokens whose keys and values are in the pages once all launched steps are done
+    page_keys: list[bytes] = field(default_factory=list)  # of the first whole pages, as far as anybody asked
+    num_published: int = 0  # pages that others may share
+    cached_tokens: int = 0  # tokens of the prompt that were in the pool when the sequence began
+    num_preempted: int = 0  # times that it had to give its pages back
     state: State = State.WAITING
     finish_reason: str | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and generated tokens so far."""
+    def num_known(self) -> int:
+        """Tokens whose ids are on the host."""
         return len(self.prompt) + len(self.generated)
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens so far, with the one that only the device knows."""
+        return len(self.prompt) + len(self.generated) + (self.source >= 0)
+
+    @property
     def num_pending(self) -> int:
-        """Tokens that are known and not yet computed: the rest of the prompt, or the token sampled last."""
+        """Tokens that are not yet computed: the rest of the prompt, or the token sampled last."""
         return self.num_tokens - self.num_computed
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens the sequence can grow to; pages are reserved for these."""
+        """The most tokens the sequence can grow to."""
         return len(self.prompt) + self.params.max_new_tokens
 
-    def pending(self, count: int) -> Ids[int]:
-        """Return the next `count` tokens to compute."""
-        start = self.num_computed - len(self.prompt)
-        if start >= 0:
-            return self.generated[start : start + count]
-        return (*self.prompt[self.num_computed : self.num_computed + count], *self.generated[: max(0, start + count)])
+    @property
+    def wants_more(self) -> bool:
+        """Whether another token would still be within the limit."""
+        return self.num_tokens < self.max_tokens
 
-    def row(self) -> Row:
-        """Return what the next token is sampled with; its random number depends on the seed and the step alone."""
-        greedy = self.params.temperature == 0
-        return Row(self.params, 0.0 if greedy else self.uniforms.at(len(self.generated)))
+    @property
+    def newest(self) -> int:
+        """The id of the last token, or -1 - row where the device samples it."""
+        if self.source >= 0:
+            return -1 - self.source
+        return self.generated[-1] if self.generated else self.prompt[-1]
+
+    def order(self) -> tuple[int, int]:
+        """Return what sequences are sorted by: priority, then arrival."""
+        return (-self.priority, self.id)
+
+    def ids(self, first: int, last: int) -> Ids[int]:
+        """Return the tokens from position `first` up to, not including, `last`, as far as they are on the host."""
+        skipped = len(self.prompt)
+        if last <= skipped:
+            return self.prompt[first:last]
+        return (*self.prompt[first:], *self.generated[max(0, first - skipped) : last - skipped])
+
+    def drop_pages(self) -> None:
+        """Have no pages and nothing computed."""
+        self.pages = []
+        self.allocation += 1
+        self.num_computed = self.num_published = 0
+        self.drafts = []
+
+    def pending(self, count: int) -> Ids[int]:
+        """Return the next `count` tokens to compute; the one that only the device knows is -1 - row."""
+        ids = self.ids(self.num_computed, self.num_computed + count)
+        if len(ids) < count and self.source >= 0:
+            ids = (*ids, self.newest)
+        return (*ids, *self.drafts[: count - len(ids)])
+
+    def guess(self) -> None:
+        """Draft the next ids; all ids must be on the host, and the newest the only one to compute."""
+        if self.drafter is not None and self.num_pending == 1 and self.source < 0:
+            self.drafter.extend(self.ids(self.drafter.num_ids, self.num_known))
+            # One more id is sampled behind the last draft.
+            self.drafts = self.drafter.propose(self.max_tokens - self.num_known - 1)
+
+    def accept(self, sampled: Ids[int]) -> bool:
+        """Take the ids sampled behind the newest token and behind each draft, up to the first draft that was wrong.
+
+        Returns:
+            Whether all that was to be taken was sampled; -1 is what was not.
+        """
+        before, is_whole = len(self.generated), True
+        for place, token_id in enumerate(sampled):
+            is_whole = token_id >= 0
+            if not is_whole:
+                break
+            self.generated.append(token_id)
+            if place < len(self.drafts) and token_id != self.drafts[place]:
+                break
+        self.source = -1
+        if self.drafts:
+            assert self.drafter is not None
+            self.drafter.judge(len(self.drafts), max(0, len(self.generated) - before - 1))
+            self.drafts = []
+            # What was computed behind the last right draft is written over.
+            self.num_computed = self.num_known - 1
+        return is_whole
+
+    def rows(self) -> list[Row]:
+        """Return what the next token, and the one behind each draft, is sampled with.
+
+        A row depends on the request and on the ids before it alone.
+        """
+        if not self.drafts:
+            return [self._row(self.generated)]
+        rows = [self._row([*self.generated, *self.drafts[:place]]) for place in range(len(self.drafts) + 1)]
+        self.sampler.rewind(len(self.generated))
+        return rows
+
+    def _row(self, generated: list[int]) -> Row:
+        """Return what the token after these ids is sampled with."""
+        step = len(generated)
+        banned: Ids[int] = ()
+        if self.bans or step < self.params.min_new_tokens:
+            banned = [*self.bans.get(step, ()), *(self.ends if step < self.params.min_new_tokens else ())]
+        return self.sampler.row(generated, banned=banned, mask=None if step else self.healing)
+
+    def rewind(self, num_generated: int) -> None:
+        """Take back all generated ids after the first `num_generated`, and the one that is on its way."""
+        del self.generated[num_generated:], self.logprobs[num_generated:]
+        self.source = -1
+        self.bans = {place: ids for place, ids in self.bans.items() if place <= num_generated}
+        self.num_computed = min(self.num_computed, self.num_known - 1)
+        self.sampler.rewind(num_generated)
+        if self.drafter is not None:
+            self.drafter.rewind(self.num_known)

@@ -9,6 +9,7 @@ of a character that is still arriving; they are withheld.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 UNFINISHED = "\ufffd"
@@ -29,17 +30,25 @@ class Decodes(Protocol):
 class Detokenizer:
     """Gives each piece of text once it is final; the pieces and `flush` join to the decoding of all ids."""
 
-    def __init__(self, tokenizer: Decodes, prompt_tail: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Decodes, prompt_tail: Sequence[int] = (), healed: Sequence[int] = ()) -> None:
         """Continue after the last ids of a prompt; a handful is enough, they tell whether a leading space belongs.
 
-        A character that the prompt leaves unfinished belongs to the generated text.
+        A character that the prompt leaves unfinished belongs to the generated text. The text of `healed`, ids that
+        were cut off the prompt, comes again with the generated ids and is not new.
         """
         self._decode = tokenizer.decode
         self._window = list(prompt_tail)
         self._text = self._decode(self._window) if self._window else ""
         # Ids of the window whose text is out completely: they stay as context until the next ones are.
         self._num_settled = len(self._window)
-        self._num_shown = len(self._text.rstrip(UNFINISHED))
+        shown = self._decode([*self._window, *healed]) if healed else self._text
+        self._num_shown = len(shown.rstrip(UNFINISHED))
+
+    def copy(self) -> Detokenizer:
+        """Return a twin that goes on by itself."""
+        twin = copy(self)
+        twin._window = list(self._window)
+        return twin
 
     def push(self, token_id: int) -> str:
         """Take the next id and return the text that became final, often one word, sometimes nothing."""
@@ -100,13 +109,15 @@ class StopMatcher:
         """Take more text and return what can no longer belong to a stop string."""
         if self.matched:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         found = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if found:
             self.matched = True
             _, length = min(found)
         else:
-            length = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+            length = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
         passed, self._held = self._held[:length], self._held[length:]
         return passed
 
@@ -116,30 +127,7 @@ class StopMatcher:
         return "" if self.matched else rest
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
-
-
-class TextStream:
-    """The text of one request: a detokenizer and a stop matcher in a row; no text at all without a tokenizer."""
-
-    def __init__(self, tokenizer: Decodes | None, prompt_tail: Sequence[int], stops: Sequence[str]) -> None:
-        """Continue after the last ids of a prompt."""
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_tail)
-        self._matcher = StopMatcher(stops)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string is complete."""
-        return self._matcher.matched
-
-    def push(self, token_id: int) -> str:
-        """Take the next id and return the text that became final."""
-        return "" if self._detokenizer is None else self._matcher.push(self._detokenizer.push(token_id))
-
-    def flush(self) -> str:
-        """Return the text that was withheld; after a stop string there is none."""
-        rest = "" if self._detokenizer is None else self._matcher.push(self._detokenizer.flush())
-        return rest + self._matcher.flush()

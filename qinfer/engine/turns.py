@@ -5,8 +5,9 @@ new and cancelled requests, is told before each step. One message is a JSON obje
 
     generator    number of the generator it is about
     settings     how to make it, in its first message
-    requests     new ones: id, prompt, params
+    requests     new ones: id, prompt, params, priority
     cancelled    ids of requests
+    warm_up      true: warm up, there is no step
     released     numbers of generators that rank 0 has dropped since
 """
 
@@ -43,13 +44,18 @@ class Turns:
     def request(self, sequence: Sequence) -> None:
         """Note a new request."""
         if self._is_heard:
-            params = asdict(sequence.params)
-            self._requests.append({"id": sequence.id, "prompt": list(sequence.prompt), "params": params})
+            request = {"id": sequence.id, "params": asdict(sequence.params), "priority": sequence.priority}
+            self._requests.append({**request, "prompt": [*sequence.prompt, *sequence.healed]})
 
     def cancel(self, request: int) -> None:
         """Note that a request was cancelled."""
         if self._is_heard:
             self._cancelled.append(request)
+
+    def warm_up(self) -> None:
+        """Tell that this generator warms up now."""
+        if self._is_heard:
+            self._comm.tell({"generator": self._number, "warm_up": True, "released": _take_released()})
 
     def step(self) -> None:
         """Tell what was noted, and that a step follows."""

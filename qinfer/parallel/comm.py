@@ -56,6 +56,10 @@ class Communicator(Protocol):
         """Return rank 0's ids as a list, which waits for the device; raises GroupError if a rank is gone by then."""
         ...
 
+    def check(self) -> None:
+        """Raise GroupError if a rank is gone; what a collective gave before may be anything then."""
+        ...
+
     def tell(self, message: dict[str, Any]) -> None:
         """Send JSON from rank 0 to the others, which wait for it in `Group.receive`; nothing happens on other ranks."""
         ...
@@ -101,6 +105,9 @@ class Alone:
     def agree(self, ids: Tensor) -> list[int]:
         """Return the ids as a list."""
         return list(ids.tolist())
+
+    def check(self) -> None:
+        """Nobody else can be gone."""
 
     def tell(self, message: dict[str, Any]) -> None:
         """Nobody listens."""
@@ -211,11 +218,16 @@ class Group:
     def agree(self, ids: Tensor) -> list[int]:
         """Return rank 0's ids, which every rank then goes on with."""
         agreed = list(self.broadcast(ids).tolist())
-        # A collective that was aborted on a GPU returns like any other, with anything in it. A group that was closed in
-        # peace was not aborted: rank 0 had what it needed before this rank was through.
+        self.check()
+        return agreed
+
+    def check(self) -> None:
+        """Raise GroupError if a rank is gone: a collective that was aborted on a GPU returns like any other.
+
+        A group that was closed in peace was not aborted: rank 0 had what it needed before this rank was through.
+        """
         if not self.is_closed:
             self._link.check()
-        return agreed
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from qinfer.assets import STORYTELLER
 from qinfer.cache.formats import KV_FORMATS
 from qinfer.engine.follow import follow
-from qinfer.engine.generator import Completion, Generator
+from qinfer.engine.generator import Generator
+from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.model import Model
 from qinfer.parallel.spawn import join

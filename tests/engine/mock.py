@@ -13,8 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from qinfer.engine.generator import Generator
+from qinfer.engine.job import Event
 from qinfer.engine.sampling import Row, SamplingParams, UniformStream, sample
 from qinfer.models.batch import Batch
 from qinfer.models.model import Model
@@ -39,6 +42,11 @@ class Adapter:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
 
+    def continuations(self, token_id: int) -> list[int]:
+        spelling = self.tokenizer.id_to_token(token_id) or "no token"
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=False)
+        return [token for text, token in vocabulary.items() if text.startswith(spelling)] or [token_id]
+
 
 def byte_level(corpus: Sequence[str]) -> Adapter:
     """A byte-level BPE tokenizer: ids 0 and 1 are special, 2 to 257 are the bytes."""
@@ -49,6 +57,9 @@ def byte_level(corpus: Sequence[str]) -> Adapter:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=["<eos>", "<pad>"])
     tokenizer.train_from_iterator(corpus, trainer)
     return Adapter(tokenizer)
+
+
+TOKENIZER = byte_level(["the fox said hello to the owl", "🦊 und 🦉 und größere Tiere"])
 
 
 def logits_after(history: Sequence[int]) -> torch.Tensor:
@@ -69,12 +80,15 @@ class MockCache:
 class MockModel:
     """The part of a model that the generator uses."""
 
-    def __init__(self, *, tokenizer: Any = None, eos_ids: Sequence[int] = (), max_positions: int = 1000) -> None:
+    def __init__(
+        self, *, tokenizer: Any = None, eos_ids: Sequence[int] = (), max_positions: int = 1000, memory: int = 0
+    ) -> None:
         self.config = SimpleNamespace(vocab_size=VOCAB, max_positions=max_positions)
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.device = torch.device("cpu")
         self.comm = Alone()
+        self.memory = memory
         self.steps: list[list[int]] = []  # tokens per sequence of each step
         self.fail_at: int | None = None  # number of the step that raises
 
@@ -97,18 +111,48 @@ class MockModel:
             pages = batch.page_table[row, : -(-length // cache.slots.shape[1])].long()
             tokens = cache.slots[pages].flatten()[:length].tolist()
             histories += [tokens[: length - last + token + 1] for token in range(first, last)]
-        wanted = [logits_after(histories[row]) for row in batch.logit_rows.tolist()]
+        wanted = [logits_after(histories[row][-self.memory :]) for row in batch.logit_rows.tolist()]
         return torch.stack(wanted) if wanted else torch.empty(0, VOCAB)
 
 
-def expected(prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[int] = ()) -> list[int]:
-    """The ids that a request must generate, one full history at a time; stop strings are not looked at."""
+def expected(prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[int] = (), memory: int = 0) -> list[int]:
+    """The ids that a request must generate, one full history at a time; stop strings are not looked at.
+
+    A model with a short memory repeats itself.
+    """
     ids: list[int] = []
     stream = UniformStream(params.seed)
     ends = {*params.stop_ids, *(() if params.ignore_eos else eos_ids)}
     while len(ids) < params.max_new_tokens and not (ids and ids[-1] in ends):
-        token = int(sample(logits_after([*prompt, *ids])[None], [Row(params, stream.at(len(ids)))]))
+        token = int(sample(logits_after([*prompt, *ids][-memory:])[None], [Row(params, stream.at(len(ids)))]))
         if token < 0:
             break
         ids.append(token)
     return ids
+
+
+def generator(model: MockModel | None = None, **options: int) -> Generator:
+    sizes = {"max_tokens": 400, "page_size": 4, "max_batch": 4, "max_step_tokens": 16, **options}
+    return Generator(model or MockModel(), **sizes)
+
+
+def is_idle(gen: Generator) -> bool:
+    """Nothing is queued and every page is back."""
+    return not gen.scheduler.has_work and gen.pages.num_used == 0
+
+
+def drain(gen: Generator) -> list[Event]:
+    events = []
+    while gen.scheduler.has_work:
+        events += gen.step()
+    return events + gen.step()
+
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5]),
+    top_k=st.sampled_from([0, 4]),
+    seed=st.integers(0, 9),
+    max_new_tokens=st.integers(1, 9),
+    stop_ids=st.lists(st.integers(0, 99), max_size=60),
+)

@@ -1,33 +1,30 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from torch import Tensor
 
-from qinfer.engine.generator import Completion, Event, Generator, Job
+from qinfer.engine.job import Completion, Job
 from qinfer.engine.sampling import Row, SamplingParams, sample
+from qinfer.engine.steps import feed
 from qinfer.errors import NonFiniteLogits
-from tests.engine.mock import POISON, VOCAB, MockModel, byte_level, expected, logits_after
+from qinfer.models.batch import Batch
+from tests.engine.mock import (
+    POISON,
+    TOKENIZER,
+    VOCAB,
+    MockModel,
+    drain,
+    expected,
+    generator,
+    is_idle,
+    logits_after,
+    params,
+)
 
-TOKENIZER = byte_level(["the fox said hello to the owl", "🦊 und 🦉 und größere Tiere"])
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
-
-
-def generator(model: MockModel | None = None, **options: int) -> Generator:
-    sizes = {"max_tokens": 400, "page_size": 4, "max_batch": 4, "max_step_tokens": 16, **options}
-    return Generator(model or MockModel(), **sizes)
-
-
-def is_idle(gen: Generator) -> bool:
-    """Nothing is queued and every page is back."""
-    return not gen.scheduler.has_work and gen.pages.num_used == 0
-
-
-def drain(gen: Generator) -> list[Event]:
-    events = []
-    while gen.scheduler.has_work:
-        events += gen.step()
-    return events + gen.step()
 
 
 # --- what comes out
@@ -44,14 +41,6 @@ prompts = st.lists(
     st.lists(st.integers(0, VOCAB - 1) | st.integers(POISON - 5, POISON + 5), min_size=1, max_size=30),
     min_size=1,
     max_size=6,
-)
-params = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.5]),
-    top_k=st.sampled_from([0, 4]),
-    seed=st.integers(0, 9),
-    max_new_tokens=st.integers(1, 9),
-    stop_ids=st.lists(st.integers(0, 99), max_size=60),
 )
 
 
@@ -219,8 +208,14 @@ def test_decoder_that_raises_ends_its_step_only() -> None:
     assert (first.finished, second.finished, third.finished) == (True, True, False)
     assert gen.pages.num_used == 0
     events = drain(gen)
-    assert [(event.job, event.finish_reason) for event in events[:2]] == [(first.id, "error"), (second.id, "error")]
-    assert "on fire" in str(events[0].error)
+    # What the step before had given is told first: the ids of one step were on their way when the next one failed.
+    assert [(event.job, event.finish_reason) for event in events[:4]] == [
+        (first.id, None),
+        (second.id, None),
+        (first.id, "error"),
+        (second.id, "error"),
+    ]
+    assert "on fire" in str(events[2].error)
     assert first.completion is not None
     assert list(first.completion.token_ids) == expected([1], GREEDY)[:2]
     assert third.completion is not None
@@ -242,17 +237,68 @@ def test_generate_and_stream_clean_up_when_the_decoder_raises(step: int) -> None
     assert is_idle(gen)
 
 
-def test_tokenizer_that_raises_gives_the_pages_back() -> None:
-    class Broken:
+def test_tokenizer_that_raises_ends_one_request() -> None:
+    class Broken(type(TOKENIZER)):
         def decode(self, ids: list[int]) -> str:
-            if len(ids) > 2:
+            if bad in ids:
                 raise OverflowError("no such id")
-            return "x"
+            return super().decode(ids)
 
-    gen = generator(MockModel(tokenizer=Broken()))
-    with pytest.raises(OverflowError):
-        gen.generate([[1, 2], [3, 4]], GREEDY)
+    fine, broken = expected([1, 2], GREEDY), expected([3, 4], GREEDY)
+    bad = next(token for token in broken if token not in fine)
+    gen = generator(MockModel(tokenizer=Broken(TOKENIZER.tokenizer)))
+    outs = gen.generate([[1, 2], [3, 4]], GREEDY)
+    assert [out.finish_reason for out in outs] == ["length", "error"]
+    assert isinstance(outs[1].error, OverflowError)
+    assert list(outs[0].token_ids) == fine
+    assert list(outs[1].token_ids) == broken[: broken.index(bad)]
     assert is_idle(gen)
+
+
+# --- steps ahead of their ids
+
+
+class LateModel(MockModel):
+    """Notes, for every step, how many ids the host had when the step was launched."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.known: list[list[int]] = []
+        self.jobs: list[Job] = []
+
+    def decoder(self, batch: Batch, cache: Any) -> Tensor:
+        self.known.append([len(job.sequence.generated) for job in self.jobs])
+        return super().decoder(batch, cache)
+
+
+def test_next_step_is_launched_before_the_ids_are_known() -> None:
+    model = LateModel()
+    gen = generator(model)
+    model.jobs = [gen.submit([number], GREEDY) for number in (1, 2)]
+    events = [len(gen.step()) for _ in range(9)]
+    # Step n is launched while the host has n - 1 ids; no step follows the one that gives the last.
+    assert model.known == [[0, 0], *[[n, n] for n in range(7)]]
+    assert events == [0, *[2] * 8]
+    assert [list(job.completion.token_ids) for job in model.jobs] == [expected([n], GREEDY) for n in (1, 2)]
+
+
+def test_step_after_the_end_is_thrown_away() -> None:
+    ids = expected([1], GREEDY)
+    model = MockModel(eos_ids=[ids[2]])
+    gen = generator(model)
+    out = gen.generate([1], GREEDY)
+    assert (list(out.token_ids), out.finish_reason) == (ids[:3], "stop")
+    assert [len(step) for step in model.steps] == [1] * 4
+    # The pages of the step that was too many serve the next request.
+    model.eos_ids = frozenset()
+    assert list(gen.generate([2, 3], GREEDY).token_ids) == expected([2, 3], GREEDY)
+    assert is_idle(gen)
+
+
+def test_feed_takes_the_place_of_rows() -> None:
+    ids = torch.tensor([5, -1, 0, -3, -2], dtype=torch.int32)
+    feed(ids, torch.tensor([70, -1, 90], dtype=torch.int32))
+    assert ids.tolist() == [5, 70, 0, 90, 0]
 
 
 # --- cancelling
@@ -260,8 +306,8 @@ def test_tokenizer_that_raises_gives_the_pages_back() -> None:
 
 def test_cancel_in_every_state() -> None:
     gen = generator(MockModel(tokenizer=TOKENIZER), max_batch=2, max_step_tokens=6)
-    jobs = [gen.submit(ids, GREEDY) for ids in ([1, 2], [3] * 9, [4])]
-    events = gen.step()
+    jobs = [gen.submit(ids, GREEDY) for ids in ([1, 2], [3] * 19, [4])]
+    events = gen.step() + gen.step()
     decoding, prompting, waiting = jobs
     for job in jobs:
         job.cancel()
@@ -316,73 +362,6 @@ def test_sampling_never_reads_a_tensor() -> None:
     for chosen in ([rows[0]], rows):
         ids = sample(torch.empty(len(chosen), 7, device="meta"), chosen)
         assert (ids.shape, ids.device.type) == ((len(chosen),), "meta")
-
-
-# --- everything at once
-
-
-class GeneratorMachine(RuleBasedStateMachine):
-    """Requests come, run, fail and are cancelled in any order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = MockModel(tokenizer=TOKENIZER, eos_ids=[0, 1])
-        self.gen = generator(self.model, max_tokens=48, max_batch=3, max_step_tokens=7)
-        self.jobs: dict[int, tuple[Job, list[int], SamplingParams]] = {}
-        self.texts: dict[int, str] = {}
-
-    @rule(prompt=st.lists(st.integers(0, 60), min_size=1, max_size=20), one=params)
-    def submit(self, prompt: list[int], one: SamplingParams) -> None:
-        job = self.gen.submit(prompt, one)
-        self.jobs[job.id] = (job, prompt, one)
-        self.texts[job.id] = ""
-
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        if self.jobs:
-            self.jobs[data.draw(st.sampled_from(sorted(self.jobs)))][0].cancel()
-
-    @rule()
-    def step(self) -> None:
-        for event in self.gen.step():
-            self.texts[event.job] += event.text
-            if event.completion is not None:
-                self.check(event.job, event.completion)
-
-    @rule()
-    def fail(self) -> None:
-        if any(not job.finished for job, _, _ in self.jobs.values()):
-            self.model.fail_at = len(self.model.steps)
-            with pytest.raises(RuntimeError, match="on fire"):
-                self.gen.step()
-
-    def check(self, number: int, out: Completion) -> None:
-        job, prompt, one = self.jobs.pop(number)
-        whole = expected(prompt, one, [0, 1])
-        assert job.completion is out
-        assert out.text == self.texts[number]
-        assert list(out.token_ids) == whole[: len(out.token_ids)]
-        if out.finish_reason in ("stop", "length") or isinstance(out.error, NonFiniteLogits):
-            assert len(out.token_ids) == len(whole)
-        if out.finish_reason == "error" and not isinstance(out.error, NonFiniteLogits):
-            assert "on fire" in str(out.error)
-
-    @invariant()
-    def pages_belong_to_running_requests(self) -> None:
-        held = [page for sequence in self.gen.scheduler.running for page in sequence.pages]
-        assert len(held) == len(set(held)) == self.gen.pages.num_used
-
-    def teardown(self) -> None:
-        self.model.fail_at = None
-        for event in drain(self.gen):
-            self.texts[event.job] += event.text
-            if event.completion is not None:
-                self.check(event.job, event.completion)
-        assert not self.jobs
-        assert is_idle(self.gen)
-
-
-TestGeneratorMachine = GeneratorMachine.TestCase
 
 
 def test_mock_depends_on_the_whole_history() -> None:

@@ -1,8 +1,10 @@
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.generator import Generator
@@ -71,7 +73,10 @@ class Eager(GraphRunner):
     """The same padded steps without a graph."""
 
     def run(self, batch: Batch) -> Tensor:
-        return self._decoder(batch, self._cache)
+        rows, width = batch.page_table.shape
+        sizes = {"T": rows, "B": rows, "W": width, "R": rows}
+        on_device = Batch.views(batch.buffer.to(self._device), **sizes, max_query_len=1)
+        return self._decoder(on_device, self._cache)
 
 
 @pytest.mark.gpu
@@ -104,14 +109,36 @@ def test_graph_gives_the_logits_of_the_eager_step_bitwise(model: Model) -> None:
 
 @pytest.mark.gpu
 def test_generator_on_graphs_says_the_same(model: Model) -> None:
-    options = {"max_tokens": 512, "page_size": PAGE, "max_batch": 4, "max_step_tokens": 32}
+    options = {"max_tokens": 512, "page_size": PAGE, "max_batch": 4, "max_step_tokens": 32, "prefix_cache": False}
     texts = [tiny.prompt(length, seed=length) for length in (1, 40, 17, 5, 9)]
     several = [SamplingParams(temperature=t, seed=3, max_new_tokens=30, ignore_eos=True) for t in (0, 0.8, 0, 1, 0)]
     with_graphs, eager = Generator(model, **options), Generator(model, **options)
-    assert with_graphs.graphs is not None
-    eager.graphs = Eager(model.decoder, eager.cache, max_batch=4, table_width=with_graphs.graphs.table_width)
+    width = with_graphs.runner.graphs.table_width
+    eager.runner.graphs = Eager(eager.runner._forward, eager.cache, max_batch=4, table_width=width)
     outs = with_graphs.generate(texts, several)
     assert outs == eager.generate(texts, several)
     assert outs == with_graphs.generate(texts, several)
     assert [out.finish_reason for out in outs] == ["length"] * 5
     assert with_graphs.pages.num_used == 0
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_after_the_warm_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gen = Generator(model, max_tokens=1024, page_size=PAGE, max_batch=6, max_step_tokens=64)
+    gen.warm_up()
+    assert gen.runner.graphs is not None
+    assert len(gen.runner.graphs._captured) == len(gen.runner.graphs.buckets)
+    compiled: list[object] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
+    random = Random(0)
+    for seed in range(40):
+        options = random.choice(
+            ({"temperature": 0}, {"top_k": 9}, {"min_p": 0.1}, {"top_p": 0.9, "logit_bias": {3: 1}})
+        )
+        params = SamplingParams(seed=seed, max_new_tokens=random.randrange(1, 40), ignore_eos=True, **options)
+        gen.submit(tiny.prompt(random.randrange(1, 150), seed=seed), params)
+        for _ in range(random.randrange(6)):
+            gen.step()
+    while gen.scheduler.has_work:
+        gen.step()
+    assert not compiled

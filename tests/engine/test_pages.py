@@ -59,6 +59,56 @@ def test_bad_sizes(sizes: tuple[int, int]) -> None:
         PageTable(*sizes)
 
 
+def test_published_page_stays_until_its_room_is_needed() -> None:
+    table = PageTable(4, 4)
+    pages = table.allocate(3)
+    for page, key in zip(pages, (b"a", b"b", b"c"), strict=True):
+        table.publish(page, key)
+    table.free(pages)
+    assert (table.num_free, table.num_used, table.num_idle) == (4, 0, 3)
+    assert [table.find(key) for key in (b"a", b"b", b"c")] == pages
+    # A page that is found is used again, and is the last to go from then on.
+    table.share(pages[2])
+    assert (table.references(pages[2]), table.num_idle) == (1, 2)
+    table.free([pages[2]])
+    # The empty page first, then the end of the text that was unused longest.
+    assert table.allocate(1) == [3]
+    assert table.allocate(1) == [pages[1]]
+    assert [table.find(key) for key in (b"a", b"b", b"c")] == [pages[0], None, pages[2]]
+    assert sorted(table.allocate(2)) == [pages[0], pages[2]]
+    assert table.num_idle == 0
+    with pytest.raises(OutOfPages):
+        table.allocate(1)
+
+
+def test_first_page_of_a_key_stays_it() -> None:
+    table = PageTable(3, 4)
+    first, second = table.allocate(2)
+    table.publish(first, b"a")
+    table.publish(first, b"a")
+    table.publish(second, b"a")
+    assert table.find(b"a") == first
+    table.free([second])
+    assert table.num_idle == 0
+    with pytest.raises(ValueError, match="under another key"):
+        table.publish(first, b"b")
+    with pytest.raises(ValueError, match=f"page {second} is free"):
+        table.publish(second, b"c")
+
+
+def test_forgotten_page_is_empty() -> None:
+    table = PageTable(2, 4)
+    page, other = table.allocate(2)
+    table.publish(page, b"a")
+    table.publish(other, b"b")
+    table.forget(page)
+    table.forget(page)
+    table.free([page, other])
+    table.forget(other)
+    assert (table.find(b"a"), table.find(b"b"), table.num_idle, table.num_free) == (None, None, 0, 2)
+    assert sorted(table.allocate(2)) == [0, 1]
+
+
 class PageMachine(RuleBasedStateMachine):
     """Owners take, share and return pages; the table must agree with a plain list of who holds what."""
 

@@ -1,57 +1,140 @@
+from random import Random
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from qinfer.engine.pages import PageTable
-from qinfer.engine.sampling import SamplingParams, UniformStream
 from qinfer.engine.scheduler import Scheduler
-from qinfer.engine.sequence import Sequence, State
-
-
-def sequence(number: int, prompt: int, new: int = 4) -> Sequence:
-    return Sequence(number, tuple(range(prompt)), SamplingParams(max_new_tokens=new), UniformStream(0))
-
-
-def run(step: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
-    """What a generator does with a step, without a model: every complete sequence gets a token."""
-    for one, count in step:
-        one.num_computed += count
-        if one.num_pending == 0:
-            one.generated.append(0)
-    return [(one.id, count) for one, count in step]
+from qinfer.engine.sequence import State
+from tests.engine.world import World, continued, random_events, sequence
 
 
 def test_prompt_is_cut_into_chunks_beside_running_sequences() -> None:
-    scheduler = Scheduler(PageTable(100, 4), max_batch=3, max_step_tokens=5)
-    for one in (sequence(0, 3), sequence(1, 9), sequence(2, 2)):
-        scheduler.add(one)
-    assert run(scheduler.schedule()) == [(0, 3), (1, 2)]
-    assert run(scheduler.schedule()) == [(0, 1), (1, 4)]
-    assert run(scheduler.schedule()) == [(0, 1), (1, 3), (2, 1)]
-    assert run(scheduler.schedule()) == [(0, 1), (1, 1), (2, 1)]
+    world = World(num_pages=100, max_mixed_tokens=99, prefix_cache=False)
+    for prompt in (3, 9, 2):
+        world.submit(range(prompt), 4)
+    assert [world.step() for _ in range(5)] == [
+        [(0, 3), (1, 2)],
+        [(0, 1), (1, 4)],
+        [(0, 1), (1, 3), (2, 1)],
+        [(0, 1), (1, 1), (2, 1)],
+        [(1, 1), (2, 1)],
+    ]
 
 
-def test_worst_case_is_reserved_at_admission() -> None:
-    pages = PageTable(4, 4)
-    scheduler = Scheduler(pages, max_batch=8, max_step_tokens=8)
-    first, second, third = sequence(0, 5, new=6), sequence(1, 3, new=2), sequence(2, 1, new=1)
-    for one in (first, second, third):
-        scheduler.add(one)
-    assert run(scheduler.schedule()) == [(0, 5)]
-    # 11 and 5 tokens take 3 + 2 pages of the 4. The third would fit, and still waits for its turn.
-    assert (len(first.pages), pages.num_free, list(scheduler.waiting)) == (3, 1, [second, third])
-    scheduler.finish(first, "stop")
-    assert (first.state, first.finish_reason, first.pages) == (State.FINISHED, "stop", [])
-    assert run(scheduler.schedule()) == [(1, 3), (2, 1)]
+def test_streams_do_not_wait_for_a_long_prompt() -> None:
+    world = World(num_pages=100, max_step_tokens=50, max_mixed_tokens=7)
+    world.submit([9], 30)
+    world.step()
+    world.submit(range(40), 2)
+    # Seven prompt tokens at a time beside the stream, and all that fits when nobody waits.
+    assert [world.step() for _ in range(6)] == [[(0, 1), (1, count)] for count in (7, 7, 7, 7, 7, 5)]
+    other = World(num_pages=100, max_step_tokens=50, max_mixed_tokens=7)
+    other.submit(range(40), 2)
+    assert other.step() == [(0, 40)]
+
+
+def test_sequence_takes_the_pages_it_needs_and_no_more() -> None:
+    world = World(num_pages=5)
+    one = world.submit(range(4), 9)
+    counts = []
+    while world.live:
+        world.step()
+        counts.append(len(one.pages))
+    # 4 prompt tokens and 8 of the 9 that follow; the last is never computed.
+    assert counts == [1, 2, 2, 2, 2, 3, 3, 3, 3, 0]
+
+
+def test_pool_for_the_worst_case_admits_everybody_at_once() -> None:
+    world = World(num_pages=20, max_batch=10, max_step_tokens=99)
+    for number in range(10):
+        world.submit([number, 1, 2, 3, 4, 5], 2)
+    assert len(world.step()) == 10
+    # Where sequences will grow, some room is left to them.
+    other = World(num_pages=20, max_batch=10, max_step_tokens=99)
+    for number in range(10):
+        other.submit([number, 1, 2, 3, 4, 5], 9)
+    assert len(other.step()) == 9
+    other.drain()
+
+
+def test_last_in_order_gives_way_and_comes_back() -> None:
+    world = World(num_pages=4, max_batch=2, max_step_tokens=20)
+    first, second = world.submit([1, 2, 1], 12), world.submit([2, 2], 12)
+    while second.num_preempted == 0:
+        world.step()
+    assert (second.state, second.pages, first.state) == (State.WAITING, [], State.RUNNING)
+    done = len(second.generated)
+    assert done >= 4
+    world.drain()
+    assert first.num_preempted == 0
+    assert second.generated == continued([2, 2], 12)
+
+
+def test_priority_goes_first_and_gives_way_last() -> None:
+    world = World(num_pages=4, max_batch=2, max_step_tokens=20)
+    low, lower, high = world.submit([1, 2, 1], 12), world.submit([2, 2], 12, -1), world.submit([0], 9, 1)
+    assert [one.id for one in world.scheduler.waiting] == [high.id, low.id, lower.id]
+    assert [number for number, _ in world.step()] == [high.id, low.id]
+    world.drain()
+    assert high.num_preempted == 0
+
+
+def test_beginning_is_shared_with_running_and_finished_sequences() -> None:
+    world = World(num_pages=20, max_step_tokens=40)
+    text = [5, 6, 7, 8, 9, 10, 11, 12]
+    first = world.submit([*text, 1], 6)
+    world.step()
+    second = world.submit([*text, 2], 3)
+    world.step()
+    assert (first.cached_tokens, second.cached_tokens) == (0, 8)
+    assert second.pages[:2] == first.pages[:2]
+    assert second.pages[2] != first.pages[2]
+    world.drain()
+    # All but one token may come from the pool: somebody has to give the logits.
+    assert world.pages.num_idle >= 2
+    third, fourth = world.submit(text, 1), world.submit([*text[:7], 1, 1], 1)
+    world.step()
+    assert (third.cached_tokens, fourth.cached_tokens) == (4, 4)
+
+
+def test_generated_text_is_shared_too() -> None:
+    world = World(num_pages=20, max_step_tokens=40)
+    first = world.submit([1, 2], 7)
+    world.drain()
+    second = world.submit([1, 2, *first.generated, 2], 1)
+    world.step()
+    assert second.cached_tokens == 8
+
+
+def test_failure_leaves_nothing_behind() -> None:
+    world = World(num_pages=20, max_step_tokens=40)
+    first = world.submit(range(10), 4)
+    world.step()
+    world.step()
+    assert world.pages.find(first.page_keys[0]) == first.pages[0]
+    world.end(first, "error")
+    assert world.pages.find(first.page_keys[0]) is None
+    assert world.pages.num_idle == 0
+
+
+def test_without_a_prefix_cache_nothing_is_shared() -> None:
+    world = World(num_pages=20, max_step_tokens=40, prefix_cache=False)
+    for _ in range(2):
+        one = world.submit(range(10), 4)
+        world.drain()
+        assert one.cached_tokens == 0
+    assert world.pages.num_idle == 0
 
 
 def test_batch_is_limited() -> None:
-    scheduler = Scheduler(PageTable(100, 4), max_batch=2, max_step_tokens=64)
+    world = World(num_pages=100, max_batch=2, max_step_tokens=64)
     for number in range(3):
-        scheduler.add(sequence(number, 1))
-    assert run(scheduler.schedule()) == [(0, 1), (1, 1)]
-    scheduler.finish(scheduler.running[0], "stop")
-    assert run(scheduler.schedule()) == [(1, 1), (2, 1)]
+        world.submit([number], 4)
+    assert world.step() == [(0, 1), (1, 1)]
+    world.end(world.live[0], "stop")
+    assert world.step() == [(1, 1), (2, 1)]
 
 
 def test_what_can_never_run_is_refused() -> None:
@@ -71,10 +154,11 @@ def test_finishing_twice_is_refused() -> None:
         scheduler.finish(one, "stop")
 
 
-@pytest.mark.parametrize("limits", [(0, 4), (5, 4)])
-def test_bad_limits(limits: tuple[int, int]) -> None:
+@pytest.mark.parametrize("limits", [(0, 4, 4), (5, 4, 4), (2, 4, 0)])
+def test_bad_limits(limits: tuple[int, int, int]) -> None:
+    batch, step, mixed = limits
     with pytest.raises(ValueError, match="at least"):
-        Scheduler(PageTable(2, 4), max_batch=limits[0], max_step_tokens=limits[1])
+        Scheduler(PageTable(2, 4), max_batch=batch, max_step_tokens=step, max_mixed_tokens=mixed)
 
 
 def test_pending_ids_across_the_end_of_the_prompt() -> None:
@@ -86,71 +170,47 @@ def test_pending_ids_across_the_end_of_the_prompt() -> None:
     assert (list(one.pending(1)), one.num_pending) == ([8], 1)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, run, end and are cancelled in any order; nobody starves and no page has two owners."""
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_ten_thousand_random_events(prefix_cache: bool) -> None:
+    world = World(prefix_cache=prefix_cache)
+    random_events(world, Random(3), 10_000)
+    # What the test is about did happen.
+    assert world.num_preempted > 100
+    assert (world.num_cached > 500) is prefix_cache
+    world.drain()
 
-    MAX_BATCH, MAX_STEP = 3, 5
+
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=20)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, run, end, fail and are cancelled in any order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pages = PageTable(8, 4)
-        self.scheduler = Scheduler(self.pages, max_batch=self.MAX_BATCH, max_step_tokens=self.MAX_STEP)
-        self.live: list[Sequence] = []
-        self.admitted: list[int] = []
-        self.count = 0
+        self.world = World()
 
-    @rule(prompt=st.integers(1, 20), new=st.integers(1, 12))
-    def submit(self, prompt: int, new: int) -> None:
-        one = sequence(self.count, prompt, new)
-        self.count += 1
-        self.live.append(one)
-        self.scheduler.add(one)
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), new=st.integers(1, 12), priority=st.integers(0, 1)
+    )
+    def submit(self, prompt: list[int], new: int, priority: int) -> None:
+        self.world.submit(prompt, new, priority)
 
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        if self.live:
-            one = data.draw(st.sampled_from(self.live))
-            self.live.remove(one)
-            self.scheduler.finish(one, "cancelled")
+    @rule(data=st.data(), reason=st.sampled_from(["cancelled", "stop", "error"]))
+    def end(self, data: st.DataObject, reason: str) -> None:
+        if self.world.live:
+            self.world.end(data.draw(st.sampled_from(self.world.live)), reason)
 
     @rule()
     def step(self) -> None:
-        step = self.scheduler.schedule()
-        assert bool(step) == bool(self.live)
-        assert sum(count for _, count in step) <= self.MAX_STEP
-        assert len(self.scheduler.running) <= self.MAX_BATCH
-        assert len({one.id for one, _ in step}) == len(step)
-        before = {one.id: one.num_computed for one, _ in step}
-        for one, count in step:
-            assert 1 <= count <= one.num_pending
-            assert one.num_computed + count <= len(one.pages) * self.pages.page_size
-        run(step)
-        # Everybody past the prompt moves in every step, and so does the oldest prompt.
-        for one in self.scheduler.running:
-            if one.generated:
-                assert one.id in before
-        for one, _ in step:
-            if len(one.generated) == one.params.max_new_tokens:
-                self.live.remove(one)
-                self.scheduler.finish(one, "length")
+        self.world.step()
 
     @invariant()
-    def pages_have_one_owner(self) -> None:
-        held = [page for one in self.live for page in one.pages]
-        assert len(held) == len(set(held)) == self.pages.num_used
-        assert all(self.pages.references(page) == 1 for page in held)
-
-    @invariant()
-    def first_come_first_served(self) -> None:
-        numbers = [one.id for one in [*self.scheduler.running, *self.scheduler.waiting]]
-        assert numbers == sorted(numbers)
+    def pages_have_owners(self) -> None:
+        self.world.pages_belong_to_the_running()
 
     def teardown(self) -> None:
-        # Without new requests everything drains in bounded time.
-        for _ in range(1 + sum(one.max_tokens for one in self.live)):
-            self.step()
-        assert not self.live
-        assert self.pages.num_free == self.pages.num_pages
+        self.world.drain()
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from qinfer.engine.text import UNFINISHED, Detokenizer, StopMatcher, TextStream
+from qinfer.engine.bans import TokenTexts
+from qinfer.engine.text import UNFINISHED, Detokenizer, StopMatcher
 from tests.engine.mock import VOCAB, Adapter, byte_level
 
 CORPUS = [
@@ -170,18 +171,53 @@ def test_no_more_is_withheld_than_a_stop_needs(chunks: list[str], stops: list[st
             assert not held or any(stop.startswith(held) and stop != held for stop in stops)
 
 
-# --- both
+# --- healing
 
 
-def test_stop_string_in_the_tokens_of_a_text() -> None:
-    ids = BYTE_LEVEL.encode("the owl said hello to 🦊 and 🦉")
-    for stop, expected in (("lo to", "the owl said hel"), ("🦊", "the owl said hello to "), ("owl s", "the ")):
-        stream = TextStream(BYTE_LEVEL, (), [stop])
-        text = "".join(stream.push(token) for token in ids)
-        assert stream.stopped
-        assert text + stream.flush() == expected
+def test_healed_text_is_not_told_again() -> None:
+    ids = BYTE_LEVEL.encode("the owl said hello")
+    text = BYTE_LEVEL.decode(ids)
+    for cut in range(1, len(ids)):
+        # The last token of the prompt comes again, and then as another one that begins like it.
+        detokenizer = Detokenizer(BYTE_LEVEL, ids[:cut], ids[cut : cut + 1])
+        told = "".join(detokenizer.push(token) for token in ids[cut:]) + detokenizer.flush()
+        assert BYTE_LEVEL.decode(ids[: cut + 1]) + told == text
+    space, word = BYTE_LEVEL.encode(" "), BYTE_LEVEL.encode(" owl")
+    assert Detokenizer(BYTE_LEVEL, BYTE_LEVEL.encode("the"), space).push(word[0]) == BYTE_LEVEL.decode(word)[1:]
+
+
+# --- banned strings
+
+
+def test_token_with_the_first_banned_character_is_taken_back() -> None:
+    ids = [BYTE_LEVEL.encode(letter)[0] for letter in "abcab"]
+    texts = TokenTexts(Detokenizer(BYTE_LEVEL), ["bca", "zz"])
+    assert [texts.push(token) for token in ids[:3]] == [0, 0, 0]
+    assert texts.free() == ["a"]
+    assert texts.push(ids[3]) == 3
+    # It goes on from before the "b".
+    assert [texts.push(BYTE_LEVEL.encode(letter)[0]) for letter in "xb"] == [0, 0]
+    assert texts.free() == ["x"]
+    assert (texts.flush(), texts.rest(), texts.flush()) == (["b"], "", [])
+
+
+@given(
+    st.lists(st.sampled_from("abcé🦊"), max_size=12), st.lists(st.text("abcé🦊", min_size=1, max_size=3), max_size=3)
+)
+def test_told_text_never_holds_a_banned_string(letters: list[str], banned: list[str]) -> None:
+    ids = BYTE_LEVEL.encode("".join(letters))
+    texts, kept, told = TokenTexts(Detokenizer(BYTE_LEVEL), banned), list[int](), ""
+    for token in ids:
+        kept.append(token)
+        count = texts.push(token)
+        del kept[len(kept) - count :]
+        told += "".join(texts.free())
+        assert BYTE_LEVEL.decode(kept).startswith(told)
+    told += "".join(texts.flush()) + texts.rest()
+    assert told == BYTE_LEVEL.decode(kept)
+    assert not any(string in told for string in banned)
 
 
 def test_no_tokenizer_no_text() -> None:
-    stream = TextStream(None, [1, 2], [])
-    assert (stream.push(3), stream.flush(), stream.stopped) == ("", "", False)
+    texts = TokenTexts(None, ())
+    assert (texts.push(3), texts.free(), texts.flush(), texts.rest()) == (0, [""], [], "")

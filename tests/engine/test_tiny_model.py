@@ -48,6 +48,50 @@ def test_seeded_request_is_the_same_alone_and_in_a_batch(model: Model) -> None:
     assert gen.generate(texts, several) == [gen.generate(text, one) for text, one in zip(texts, several, strict=True)]
 
 
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_warm_prefix_says_the_same_as_a_cold_one(model: Model, page_size: int) -> None:
+    beginning = tiny.prompt(50, seed=1)
+    texts = [beginning + tiny.prompt(length, seed=length) for length in (1, 14, 40)] + [beginning[:32]]
+    cold = Generator(model, kv_format="fp32", max_tokens=512, page_size=page_size, prefix_cache=False)
+    warm = Generator(model, kv_format="fp32", max_tokens=512, page_size=page_size)
+    wanted = [cold.generate(text, GREEDY) for text in texts]
+    assert [out.cached_tokens for out in wanted] == [0] * 4
+    assert [warm.generate(text, GREEDY) for text in texts] == wanted
+    again = warm.generate(texts, GREEDY)
+    assert again == wanted
+    # All whole pages but the one with the last token.
+    assert [out.cached_tokens for out in again] == [(len(text) - 1) // page_size * page_size for text in texts]
+    assert warm.pages.num_used == 0
+
+
+def test_pages_that_run_out_change_nothing(model: Model) -> None:
+    texts = [tiny.prompt(length, seed=length) for length in (20, 3, 30, 9)]
+    params = [SamplingParams(temperature=t, seed=1, max_new_tokens=40, ignore_eos=True) for t in (0, 1, 0.7, 0)]
+    roomy = Generator(model, kv_format="fp32", max_tokens=512, page_size=16)
+    tight = Generator(model, kv_format="fp32", max_tokens=96, page_size=16, max_step_tokens=24, max_batch=4)
+    jobs = [tight.submit(text, one) for text, one in zip(texts, params, strict=True)]
+    while tight.scheduler.has_work:
+        tight.step()
+    assert [job.completion for job in jobs] == roomy.generate(texts, params)
+    assert sum(job.sequence.num_preempted for job in jobs) >= 2
+    assert tight.pages.num_used == 0
+
+
+def test_warm_up_leaves_everything_as_it_is(model: Model) -> None:
+    sizes = {"kv_format": "fp32", "max_tokens": 96, "page_size": 16, "max_batch": 3, "max_step_tokens": 24}
+    gen, cold = Generator(model, **sizes), Generator(model, **sizes)
+    first, second = gen.submit(tiny.prompt(20), GREEDY), gen.submit(tiny.prompt(5), GREEDY)
+    gen.step()
+    gen.step()
+    before = [page.clone() for layer in range(model.config.num_layers) for page in gen.cache.pages(layer)]
+    gen.warm_up()
+    after = [page for layer in range(model.config.num_layers) for page in gen.cache.pages(layer)]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    while gen.scheduler.has_work:
+        gen.step()
+    assert [first.completion, second.completion] == cold.generate([tiny.prompt(20), tiny.prompt(5)], GREEDY)
+
+
 def test_one_bad_embedding_ends_one_request(model: Model, tmp_path: Path) -> None:
     tiny.save(tmp_path / "bad", "llama")
     broken = Model.load(tmp_path / "bad", device="cpu")

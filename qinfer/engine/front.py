@@ -1,0 +1,95 @@
+"""Streams for asyncio: one task steps the generator in a thread while any number of tasks read their events.
+
+The generator belongs to whoever steps it. So new requests and cancellations wait for the gap between two steps; there
+the events of the last step are handed out as well. The event loop itself never waits for the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from qinfer.engine.job import Event, Job
+
+Start: TypeAlias = Callable[[list[Event]], Job]
+
+
+@dataclass(eq=False)
+class _Reader:
+    """One stream: how its request starts, where its events arrive, and whether anybody still listens."""
+
+    start: Start
+    events: list[Event] = field(default_factory=list)
+    queue: asyncio.Queue[Event | BaseException] = field(default_factory=asyncio.Queue)
+    job: Job | None = None
+    closed: bool = False
+
+
+class AsyncFront:
+    """Runs the steps of a generator for the tasks of an event loop."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        """Step by calling `advance`."""
+        self._advance = advance
+        self._readers: list[_Reader] = []
+        self._driver: asyncio.Task[None] | None = None
+
+    async def stream(self, start: Start) -> AsyncIterator[Event]:
+        """Start a request and yield its events; closing the iterator, or cancelling its task, cancels the request.
+
+        Args:
+            start: Submits the request to the generator, given the list for its events.
+        """
+        reader = _Reader(start)
+        self._readers.append(reader)
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        try:
+            while True:
+                event = await reader.queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if event.completion is not None:
+                    return
+        finally:
+            reader.closed = True
+
+    async def _drive(self) -> None:
+        """Step until nobody waits for anything."""
+        loop = asyncio.get_running_loop()
+        try:
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="qinfer") as thread:
+                error: BaseException | None = None
+                while self._serve(error):
+                    step = loop.run_in_executor(thread, self._advance)
+                    # Requests that a failed step ended have the error in their last event.
+                    [error] = await asyncio.gather(step, return_exceptions=True)
+        finally:
+            for reader in self._readers:
+                if reader.job is not None:
+                    reader.job.cancel()
+            self._readers.clear()
+
+    def _serve(self, error: BaseException | None) -> bool:
+        """Hand out events, start and cancel requests between two steps; say whether anybody is left."""
+        told = False
+        for reader in tuple(self._readers):
+            for event in reader.events:
+                reader.queue.put_nowait(event)
+                told = True
+            reader.events.clear()
+            if reader.job is None and not reader.closed:
+                reader.job = reader.start(reader.events)
+            if reader.job is not None and reader.closed:
+                reader.job.cancel()
+            if reader.closed or (reader.job is not None and reader.job.finished):
+                self._readers.remove(reader)
+        if error is not None and not told:
+            # No request ended by it, so the next step would meet it again.
+            for reader in self._readers:
+                reader.queue.put_nowait(error)
+        return bool(self._readers)

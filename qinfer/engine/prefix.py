@@ -1,0 +1,50 @@
+"""Keys of whole pages: a page is the same as another when it and everything before it hold the same tokens.
+
+    key_0 = hash(ids of page 0) · key_i = hash(key_{i-1}, ids of page i)
+
+Keys are 128 bits of blake2b. Only whole pages have one: what a sequence shares is never written again, since its next
+token goes to a page behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from qinfer.engine.pages import PageTable
+from qinfer.engine.sequence import Sequence
+
+_KEY_BYTES = 16
+
+
+def keys(sequence: Sequence, count: int, page_size: int) -> list[bytes]:
+    """Return the keys of the first `count` pages of a sequence, whose ids must be on the host."""
+    known = sequence.page_keys
+    for index in range(len(known), count):
+        ids = np.array(sequence.ids(index * page_size, (index + 1) * page_size), dtype=np.int32)
+        before = known[-1] if known else b""
+        known.append(hashlib.blake2b(before + ids.tobytes(), digest_size=_KEY_BYTES).digest())
+    return known[:count]
+
+
+def publish(pages: PageTable, sequence: Sequence) -> None:
+    """Make the whole pages of a sequence known, as far as they are computed and their ids on the host."""
+    whole = min(sequence.num_computed, sequence.num_known) // pages.page_size
+    if whole > sequence.num_published:
+        for page, key in list(zip(sequence.pages, keys(sequence, whole, pages.page_size), strict=False))[
+            sequence.num_published :
+        ]:
+            pages.publish(page, key)
+        sequence.num_published = whole
+
+
+def match(pages: PageTable, sequence: Sequence) -> list[int]:
+    """Return the known pages with which a sequence begins; at least one token is left, for its logits are wanted."""
+    found: list[int] = []
+    for key in keys(sequence, (sequence.num_known - 1) // pages.page_size, pages.page_size):
+        page = pages.find(key)
+        if page is None:
+            break
+        found.append(page)
+    return found

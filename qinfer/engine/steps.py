@@ -1,0 +1,216 @@
+"""Steps on the device: the next one is launched before the ids of the last one are on the host.
+
+A token that the last step sampled is known to the device first. The host names it by its row, as the id -1 - row, and
+the device puts the id in its place before the embedding is read (`feed`). Meanwhile the ids travel to the host, which
+reads them while the next step runs:
+
+    device   … │ forward n │ sample n │ forward n + 1           │ sample n + 1 │ …
+    host           launch forward n + 1, wait for ids n, launch sample n + 1, text and events of n, schedule n + 2
+
+Sampling is launched after the ids of the step before are known, so a sampler sees the whole history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from qinfer.cache.paged import PagedKVCache
+from qinfer.engine.graphs import GraphRunner
+from qinfer.engine.rows import DecodeRows
+from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
+from qinfer.engine.sequence import Sequence, TokenLogprobs
+from qinfer.models.batch import Batch, Piece
+from qinfer.models.model import Model
+from qinfer.parallel.comm import Communicator
+
+Step: TypeAlias = list[tuple[Sequence, int]]
+
+
+def feed(token_ids: Tensor, sampled: Tensor) -> None:
+    """Put sampled[r] in the place of every id -1 - r; other ids stay.
+
+    Args:
+        token_ids: [T] int32, changed in place.
+        sampled: [R] int32 ids, -1 where sampling failed; such a token is computed as id 0, and thrown away later.
+    """
+    is_known = token_ids >= 0
+    rows = token_ids.bitwise_not().masked_fill_(is_known, 0)
+    torch.where(is_known, token_ids, sampled.index_select(0, rows).clamp_(min=0), out=token_ids)
+
+
+def _sizes(largest: int) -> list[int]:
+    """Return numbers of tokens around the powers of two up to the largest, which is the last."""
+    powers = [1 << power for power in range(largest.bit_length())]
+    return sorted({size for power in powers for size in (power, power + 1, power + 16) if size <= largest} | {largest})
+
+
+def _wanted_logits(surplus: int) -> Literal["all", "last", "none"]:
+    """Say which logits a piece wants: none when tokens stay pending, all when drafts follow the newest one."""
+    return "none" if surplus < 0 else "all" if surplus else "last"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose logits the device has, or will have."""
+
+    sequences: list[Sequence]  # whose next token the step gives, in the order of the logits
+    logits: Tensor  # [R, V], valid until the next launch
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step whose ids are on their way to the host."""
+
+    rows: list[Sequence]  # one after the other; those with drafts have several
+    _ids: Tensor
+    _asked: list[int]  # rows that want to know their logprobs
+    _logprobs: Logprobs | None
+    _arrived: torch.cuda.Event | None
+    _comm: Communicator
+
+    def ids(self) -> list[int]:
+        """Wait for the ids and return them, one per row, -1 where the logits were not finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ids: list[int] = self._ids.tolist()
+        # Ids that came through a collective that was aborted may be anything.
+        self._comm.check()
+        return ids
+
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Return what the rows that asked for it want to know, once the ids are there."""
+        if self._logprobs is None:
+            return {}
+        told = {}
+        for row, chosen, ids, top in zip(self._asked, *(part.tolist() for part in self._logprobs), strict=True):
+            count = self.rows[row].params.logprobs
+            told[row] = TokenLogprobs(chosen, tuple(zip(ids, top, strict=True))[:count])
+        return told
+
+
+def _copying(tensor: Tensor) -> Tensor:
+    """Return page-locked memory to which a tensor is on its way."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class StepRunner:
+    """Runs steps of a model over its pages."""
+
+    def __init__(self, model: Model, cache: PagedKVCache, *, page_size: int, max_batch: int, table_width: int) -> None:
+        """Allocate the buffers that carry ids between steps and to the host.
+
+        Args:
+            model: The model.
+            cache: The pages that its steps read and write.
+            page_size: Tokens per page.
+            max_batch: Most sequences in a step.
+            table_width: Pages of the longest sequence.
+        """
+        self._model = model
+        self._cache = cache
+        self._page_size = page_size
+        self._table_width = table_width
+        self._decode_rows: dict[int, DecodeRows] = {}
+        self._sampled = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
+        self._on_gpu = model.device.type == "cuda"
+        # Two, because the ids of one step are read after the copy of the next may have been launched.
+        self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
+        self.graphs: GraphRunner | None = None
+        if self._on_gpu:
+            self.graphs = GraphRunner(self._forward, cache, max_batch=max_batch, table_width=table_width)
+
+    def launch(self, step: Step) -> Launched:
+        """Launch the forward pass of a step; sequences count its tokens as computed from now on.
+
+        Args:
+            step: Sequences with their number of tokens.
+        """
+        complete = [sequence for sequence, count in step if count >= sequence.num_pending]
+        if len(complete) == len(step) == sum(count for _, count in step):
+            logits = self._decode(complete)
+        else:
+            pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(n - s.num_pending)) for s, n in step]
+            batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
+            logits = self._forward(batch, self._cache)
+        for sequence, count in step:
+            sequence.num_computed += count
+        return Launched(complete, logits)
+
+    def sample(self, launched: Launched) -> Sampled | None:
+        """Launch the choice of the next tokens and their way to the host; None when the step gives no token."""
+        rows, options = list[Sequence](), list[Row]()
+        for sequence in launched.sequences:
+            sequence.source = len(rows)
+            options += (own := sequence.rows())
+            rows += [sequence] * len(own)
+        if not rows:
+            return None
+        # Rank 0 decides; the others would agree but for the order in which a library adds.
+        ids = self._model.comm.broadcast(sample(launched.logits, options))
+        # Nobody reads them here when there were drafts: the host has to say first how many were right.
+        kept = min(len(rows), len(self._sampled))
+        self._sampled[:kept].copy_(ids[:kept])
+        asked = [row for row, sequence in enumerate(rows) if sequence.params.logprobs is not None]
+        told = None
+        if asked:
+            top_n = max(sequence.params.logprobs or 0 for sequence in rows)
+            index = torch.tensor(asked).to(ids.device, non_blocking=True)
+            told = logprobs(launched.logits[index], ids[index], top_n)
+        if not self._on_gpu:
+            return Sampled(rows, ids, asked, told, None, self._model.comm)
+        self._host_ids.reverse()
+        room = self._host_ids[0][: len(rows)]
+        host = room.copy_(ids, non_blocking=True) if len(room) == len(rows) else _copying(ids)
+        told = None if told is None else Logprobs(*map(_copying, told))
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(self._model.device))
+        return Sampled(rows, host, asked, told, arrived, self._model.comm)
+
+    def warm_up(self, max_step_tokens: int) -> None:
+        """Compile and record all that steps of so many tokens can ask for; pages and requests stay as they are.
+
+        Kernels are compiled per kind of size: one token, a multiple of 16, and neither, around each power of two, for
+        prompts alone and beside streams; and once per way of sampling.
+        """
+        if self.graphs is not None:
+            self.graphs.capture_all()
+        single = Piece([0], 0, [0], "last")
+        for length in _sizes(min(max_step_tokens, self._table_width * self._page_size)):
+            # What stands in the pages does not matter, and page 0 is there in any pool.
+            prompt = Piece([0] * length, 0, [0] * -(-length // self._page_size), "last")
+            for pieces in ([prompt], [prompt, single], [single] * (len(self._sampled) - 1) + [prompt]):
+                batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
+                batch.slots.fill_(-1)
+                self._warm_up_sampling(self._forward(batch, self._cache))
+        if self._on_gpu:
+            torch.cuda.synchronize(self._model.device)
+
+    def _warm_up_sampling(self, logits: Tensor) -> None:
+        """Choose tokens in every way that compiles a kernel of its own."""
+        for params in (
+            SamplingParams(temperature=0),
+            SamplingParams(seed=0),
+            SamplingParams(seed=0, top_p=0.9, banned_ids=[0]),
+        ):
+            sample(logits, [SamplerState(params, ()).row(())] * len(logits))
+
+    def _forward(self, batch: Batch, cache: PagedKVCache) -> Tensor:
+        """Fill in the ids that only the device knows, and run the decoder."""
+        feed(batch.token_ids, self._sampled)
+        return self._model.decoder(batch, cache)
+
+    def _decode(self, sequences: Rows[Sequence]) -> Tensor:
+        """Run a step of one token per sequence, through a recorded graph where there are graphs."""
+        size = len(sequences) if self.graphs is None else self.graphs.bucket(len(sequences))
+        if size not in self._decode_rows:
+            self._decode_rows[size] = DecodeRows(
+                size, table_width=self._table_width, page_size=self._page_size, pin=self._on_gpu
+            )
+        batch = self._decode_rows[size].fill(sequences)
+        logits = self._forward(batch, self._cache) if self.graphs is None else self.graphs.run(batch)
+        return logits[: len(sequences)]

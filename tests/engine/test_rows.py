@@ -1,0 +1,63 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qinfer.engine.rows import DecodeRows
+from qinfer.engine.sampling import SamplerState, SamplingParams
+from qinfer.engine.sequence import Sequence
+from qinfer.models.batch import Batch, Piece
+
+PAGE, WIDTH, ROWS = 4, 5, 4
+READ = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logit_rows")
+
+
+def sequence(number: int, computed: int, pages: list[int]) -> Sequence:
+    one = Sequence(
+        number, tuple(range(computed + 1)), SamplingParams(), SamplerState(SamplingParams(), ()), pages=pages
+    )
+    one.num_computed = computed
+    return one
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[list[tuple[int, int]]]:
+    """Which of six sequences sit in the rows of each step, and with which allocation of pages."""
+    row = st.tuples(st.integers(0, 5), st.integers(0, 1))
+    rows = st.lists(row, min_size=1, max_size=ROWS, unique_by=lambda pair: pair[0])
+    return draw(st.lists(rows, min_size=1, max_size=6))
+
+
+@given(steps(), st.data())
+def test_refilled_rows_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int]]], data: st.DataObject) -> None:
+    rows = DecodeRows(ROWS, table_width=WIDTH, page_size=PAGE, pin=False)
+    for step in plan:
+        sequences = []
+        for number, allocation in step:
+            computed = data.draw(st.integers(0, WIDTH * PAGE - 1))
+            # One allocation of a sequence only ever grows.
+            pages = [100 * number + 10 * allocation + i for i in range(computed // PAGE + 1)]
+            one = sequence(number, computed, pages)
+            one.allocation = allocation
+            sequences.append(one)
+        got = rows.fill(sequences)
+        pieces = [Piece(one.pending(1), one.num_computed, one.pages, "last") for one in sequences]
+        want = Batch.build(pieces, page_size=PAGE, device="cpu", pad_to=ROWS, table_width=WIDTH)
+        for name in READ:
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+        for row, one in enumerate(sequences):
+            assert torch.equal(got.page_table[row, : len(one.pages)], want.page_table[row, : len(one.pages)])
+
+
+def test_batch_stays_while_the_next_one_is_filled() -> None:
+    rows = DecodeRows(1, table_width=WIDTH, page_size=PAGE, pin=False)
+    first = rows.fill([sequence(0, 3, [7])])
+    rows.fill([sequence(1, 2, [9])])
+    assert (first.token_ids.tolist(), first.slots.tolist()) == ([3], [31])
+
+
+def test_newest_token_may_be_known_to_the_device_alone() -> None:
+    one = sequence(0, 3, [7])
+    one.num_computed, one.source = 4, 2
+    assert (one.newest, one.num_pending, list(one.pending(1))) == (-3, 1, [-3])
+    one.generated, one.source, one.num_computed = [50, 60], 0, 3
+    assert list(one.pending(4)) == [3, 50, 60, -1]
