@@ -31,3 +31,16 @@ class Settings:
 def settings() -> Settings:
     """Return the settings of this process, read on the first call."""
     return Settings(interpret=_flag("TRITON_INTERPRET"), revision=os.environ.get("QINFER_REVISION") or None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where torchrun has put this process."""
+
+    master: str  # host of rank 0
+    local_rank: int  # among the processes of this machine
+
+
+def rank_of_torchrun() -> Place:
+    """Return what torchrun says, or a place on a machine of one process."""
+    return Place(os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("LOCAL_RANK", "0")))

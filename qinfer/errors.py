@@ -29,6 +29,10 @@ class PlanError(QinferError):
     """A model cannot be placed on the devices at hand."""
 
 
+class GroupError(QinferError):
+    """The processes that share a model are no longer all there and well; the text names the rank and the cause."""
+
+
 class OutOfPages(QinferError):
     """The page pool cannot serve an allocation now; the scheduler catches it."""
 

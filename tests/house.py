@@ -28,9 +28,13 @@ def _floor(modules: str, parts: str, packages: str) -> Floor:
 # Imports go down only. The longest matching prefix decides to which part a module belongs.
 FLOORS: dict[str, Floor] = {
     "base": _floor("errors env", "base", ""),
-    "shares": _floor("parallel.split parallel.plan engine.pages", "base shares", ""),
+    "shares": _floor("parallel.split parallel.plan parallel.link engine.pages", "base shares", ""),
     "kernels": _floor("kernels", "base kernels", "torch triton"),
-    "files": _floor("checkpoint staging parallel.comm", "base files", "torch safetensors"),
+    "files": _floor(
+        "checkpoint staging parallel.comm parallel.spawn parallel.context",
+        "base shares files",
+        "torch safetensors",
+    ),
     "text": _floor("tokenizer", "base files text", "tokenizers jinja2"),
     "memory": _floor("memory", "base memory", "torch"),
     "quant": _floor("quant", "base shares kernels files quant", "torch"),

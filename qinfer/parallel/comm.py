@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+
+from qinfer.errors import GroupError, UnsupportedError
+from qinfer.parallel.link import CLOSED, Limits, Link
+
+# A rank that computes or compiles keeps beating, so a collective may wait for long; the link finds who is gone.
+PATIENCE = timedelta(hours=1)
+# torch 2.13 renamed it.
+_gather_equal_parts = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Communicator(Protocol):
@@ -24,12 +39,23 @@ class Communicator(Protocol):
         """Return the sum of every rank's x; x itself may be overwritten with it."""
         ...
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """Return every rank's x joined along `dim` in rank order; only that dimension may differ between ranks."""
+    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
+        """Return every rank's x joined along `dim` in rank order; only that dimension may differ between ranks.
+
+        `sizes` holds that dimension of every rank, 0 where a rank has nothing; None: all are alike.
+        """
         ...
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Return rank 0's x; on the other ranks x gives shape and dtype and may be overwritten."""
+        ...
+
+    def agree(self, ids: Tensor) -> list[int]:
+        """Return rank 0's ids as a list, which waits for the device; raises GroupError if a rank is gone by then."""
+        ...
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send JSON from rank 0 to the others, which wait for it in `Group.receive`; nothing happens on other ranks."""
         ...
 
 
@@ -43,19 +69,219 @@ class Alone:
         """Return x, the sum over one rank."""
         return x
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """Return x, the only part.
 
         Args:
             x: [...] tensor.
             dim: dimension of x along which parts would be joined.
+            sizes: that dimension of every rank.
 
         Raises:
             IndexError: x has no such dimension.
+            ValueError: `sizes` does not say what x is.
         """
-        x.size(dim)
+        check_sizes(x, dim, sizes, rank=0, size=1)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Return x, which is rank 0's."""
         return x
+
+    def agree(self, ids: Tensor) -> list[int]:
+        """Return the ids as a list."""
+        return list(ids.tolist())
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Nobody listens."""
+
+
+class Group:
+    """Ranks of several processes, over torch.distributed: NCCL between GPUs, gloo between CPUs.
+
+    Every failure of a rank ends the group: whatever is called then or waits raises GroupError, which names rank and
+    cause. There is one group per process at a time.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        device: where this rank computes.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        store: Store,
+        *,
+        size: int,
+        device: torch.device,
+        limits: Limits,
+        leave: Callable[[str], None],
+    ) -> None:
+        """Connect the ranks and test the collectives with data.
+
+        Args:
+            link: to the other ranks, not watched yet.
+            store: where torch.distributed exchanges addresses.
+            size: number of ranks.
+            device: where this rank computes; made the current one if it is a GPU.
+            limits: how long connecting and testing may take.
+            leave: what to do about the processes when the group is over; called once, with the reason, from any thread.
+
+        Raises:
+            GroupError: a rank is gone, the test took too long, or a collective gave a wrong result.
+            UnsupportedError: this process belongs to a torch.distributed group already.
+        """
+        if dist.is_initialized():
+            raise UnsupportedError("this process has a torch.distributed group already; close the other model first")
+        self.rank, self.size, self.device = link.rank, size, device
+        self._link, self._limits, self._leave = link, limits, leave
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        link.watch(self._fall)
+        alarm = threading.Timer(limits.check, self._expire)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            with self._guarded():
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+                timeout = timedelta(seconds=limits.check)
+                dist.init_process_group(
+                    backend, store=store, rank=self.rank, world_size=size, timeout=timeout, **options
+                )
+                self._test()
+                dist.distributed_c10d._set_pg_timeout(PATIENCE)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            alarm.cancel()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Add up every rank's x, in place; all ranks get the same bits."""
+        with self._guarded():
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
+        """Join every rank's x along `dim`.
+
+        Parts travel as wide as the widest, which one collective of equal parts serves best.
+
+        Raises:
+            IndexError: x has no such dimension.
+            ValueError: `sizes` does not say what x is.
+        """
+        dim = check_sizes(x, dim, sizes, rank=self.rank, size=self.size)
+        sizes = [x.shape[dim]] * self.size if sizes is None else sizes
+        shape = list(x.shape)
+        shape[dim] = max(sizes)
+        part = x.contiguous()
+        if list(x.shape) != shape:
+            part = x.new_zeros(shape)
+            part.narrow(dim, 0, x.shape[dim]).copy_(x)
+        parts = x.new_empty(self.size, *shape)
+        if parts.numel():
+            with self._guarded():
+                _gather_equal_parts(parts.view(-1), part.view(-1))
+        return torch.cat([whole.narrow(dim, 0, size) for whole, size in zip(parts, sizes, strict=True)], dim)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Overwrite x with rank 0's and return it."""
+        x = x.contiguous()
+        with self._guarded():
+            dist.broadcast(x, 0)
+        return x
+
+    def agree(self, ids: Tensor) -> list[int]:
+        """Return rank 0's ids, which every rank then goes on with."""
+        agreed = list(self.broadcast(ids).tolist())
+        # A collective that was aborted on a GPU returns like any other, with anything in it.
+        self._link.check()
+        return agreed
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.agree(self.all_reduce(torch.zeros(1, device=self.device)))
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message from rank 0 to all others."""
+        if self.rank == 0:
+            self._link.send(message)
+
+    def receive(self) -> dict[str, Any] | None:
+        """Wait for the next message of rank 0, for as long as it takes; None when rank 0 has closed the group.
+
+        Raises:
+            GroupError: a rank is gone.
+        """
+        return self._link.receive()
+
+    def fail(self, reason: str) -> None:
+        """End the group because of something that happened on this rank; the first reason counts."""
+        self._link.down(f"rank {self.rank}: {reason}")
+
+    def close(self) -> None:
+        """End the group in peace; may be called again."""
+        self._link.down(CLOSED)
+        if dist.is_initialized():
+            # Destroying would wait for collectives of ranks that may be gone.
+            dist.distributed_c10d._abort_process_group()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turn an error of torch.distributed into the one that says who caused it."""
+        self._link.check()
+        try:
+            yield
+        except RuntimeError as problem:
+            # This rank may see the collective break before its link sees why.
+            reason = self._link.wait(self._limits.silence + 2)
+            if reason is None:
+                reason = f"rank {self.rank}: a collective failed: {problem}"
+                self._link.down(reason)
+            raise GroupError(reason) from problem
+
+    def _test(self) -> None:
+        """Compare what every collective gives with what it must give, for unequal parts and an empty one as well."""
+        ranks = torch.arange(self.size, device=self.device)
+        mine = (self.rank + 1) * torch.arange(1, 65, dtype=torch.float32, device=self.device)
+        total = self.size * (self.size + 1) // 2
+        sizes = list(range(self.size))
+        checks = {
+            "all_reduce": (self.all_reduce(mine.clone()), total * torch.arange(1, 65, device=self.device)),
+            "all_gather": (
+                self.all_gather(ranks[self.rank].expand(2, self.rank), 1, sizes),
+                ranks.repeat_interleave(ranks).expand(2, -1),
+            ),
+            "broadcast": (self.broadcast(mine.clone()), torch.arange(1, 65, device=self.device)),
+        }
+        for name, (got, expected) in checks.items():
+            if not torch.equal(got, expected.to(got.dtype)):
+                reason = f"{name} gave a wrong result in the test at the start"
+                self.fail(reason)
+                raise GroupError(f"rank {self.rank}: {reason}")
+
+    def _expire(self) -> None:
+        self.fail(f"connecting and testing the collectives took more than {self._limits.check:g} s")
+
+    def _fall(self, reason: str) -> None:
+        """Free whoever waits in a collective; the link calls this when the group is over."""
+        self._leave(reason)
+        if reason != CLOSED and self.device.type == "cuda" and dist.is_initialized():
+            # The end of a peer does not free a GPU that waits for it.
+            dist.distributed_c10d._abort_process_group()
+
+
+def check_sizes(x: Tensor, dim: int, sizes: Sequence[int] | None, *, rank: int, size: int) -> int:
+    """Return `dim` counted from 0, after checking what a rank is about to gather.
+
+    Raises:
+        IndexError: x has no such dimension.
+        ValueError: `sizes` does not have one entry per rank, or another one for this rank than x.
+    """
+    length = x.size(dim)
+    if sizes is not None and (len(sizes) != size or sizes[rank] != length):
+        raise ValueError(f"sizes must be of {size} ranks and {length} for rank {rank}, got {list(sizes)}")
+    return dim % x.dim()

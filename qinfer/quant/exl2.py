@@ -106,11 +106,12 @@ class EXL2Weight:
         if not _is_permutation(q_invperm):
             raise source.error(f"{name}.q_invperm", f"must hold each of 0 to {in_features - 1} once")
         weight = cls(q_weight, q_scale, q_scale_max, q_groups, q_invperm, take_bias(source, name, columns), columns)
-        steps = torch.tensor([1 << (group.bits - 1) for group in groups], device=q_scale.device)[:, None]
+        steps = torch.tensor([1 << (group.bits - 1) for group in groups], device=q_scale_max.device)[:, None]
         # The largest index bounds the others, and is quickly looked at.
         bound = _scales(torch.full_like(q_scale_max, 16), q_scale_max).float().abs() * steps[:, 0]
         if (
             columns
+            and not q_scale.is_meta
             and float(bound.max()) > LARGEST_VALUE
             and (float((weight.scales().float().abs() * steps).max()) > LARGEST_VALUE)
         ):
