@@ -13,7 +13,7 @@ import torch
 from qinfer.bench import load
 from qinfer.bench.__main__ import main as bench
 from qinfer.checkpoint import Checkpoint
-from qinfer.models.decoder import CheckpointParameters
+from qinfer.models.parameters import CheckpointParameters
 from qinfer.quant import FORMATS
 from tests.models import tiny
 from tests.test_doctor import write

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -15,7 +15,9 @@ from qinfer.models.config import ModelConfig, RopeConfig
 from qinfer.models.decoder import Decoder
 from qinfer.models.layers import Linear
 from qinfer.models.model import Model
-from qinfer.parallel.comm import Alone
+from qinfer.parallel.comm import Alone, Communicator
+from qinfer.parallel.plan import Plan, Span
+from qinfer.quant.weight import Dim
 
 
 def _llama(vocab: int, hidden: int, layers: int, heads: tuple[int, int, int], mlp: int) -> ModelConfig:
@@ -72,6 +74,22 @@ class SyntheticParameters:
         bias = torch.zeros(shape[1], dtype=self.dtype, device=self.device) if has_bias else None
         return Linear(self.matrix(self, *shape), bias)
 
+    def part(self, name: str, shape: tuple[int, int], dim: Dim, span: Span, *, has_bias: bool) -> Linear:
+        """Make a random part of a matrix (K, N)."""
+        length = span[1] - span[0]
+        return self.linear(name, (length, shape[1]) if dim == "in" else (shape[0], length), has_bias=has_bias)
+
+    def rows(self, name: str, shape: tuple[int, int], span: Span) -> Tensor:
+        """Make some rows of a table."""
+        return self.tensor(name, (span[1] - span[0], shape[1]))
+
+    def may_cut(self, name: str, shape: tuple[int, int], positions: Sequence[int]) -> bool:
+        """Say whether the positions lie between two groups."""
+        return all(position % 128 == 0 or position == shape[0] for position in positions)
+
+    def leave(self, name: str) -> None:
+        """Nothing has to be read."""
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Make a norm's weight of ones, or a random embedding."""
         if len(shape) == 1:
@@ -123,13 +141,17 @@ WEIGHTS: dict[str, tuple[torch.dtype, Callable[[SyntheticParameters, int, int], 
 }
 
 
-def synthetic_model(preset: str, weights: str, device: torch.device) -> Model:
-    """Make a model of a preset's shapes with random weights.
+def synthetic_model(
+    preset: str, weights: str, device: torch.device, *, plan: Plan | None = None, comm: Communicator | None = None
+) -> Model:
+    """Make a model of a preset's shapes with random weights, or a rank's share of one.
 
     Args:
         preset: a name in PRESETS.
         weights: a name in WEIGHTS; the head is quantized like the rest, the embedding is not.
         device: where the model is made.
+        plan: what each rank holds; None: this process holds everything.
+        comm: the ranks.
 
     Raises:
         UnsupportedError: there is no such preset, or no such kind of weights.
@@ -142,5 +164,6 @@ def synthetic_model(preset: str, weights: str, device: torch.device) -> Model:
     dtype = dtype if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     parameters = SyntheticParameters(device, dtype, matrix)
-    decoder = Decoder.build(config, parameters, device=device, dtype=dtype, comm=Alone())
+    comm = comm or Alone()
+    decoder = Decoder.build(config, parameters, device=device, dtype=dtype, comm=comm, plan=plan)
     return Model(config, decoder, device=device, dtype=dtype)

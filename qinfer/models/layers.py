@@ -7,8 +7,9 @@ is built with that other one's `order`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +65,27 @@ class Linear:
     def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         """Multiply x [T, K] for an op that adds parts while it reads them: [S, T, N], see `matmul_parts`."""
         return matmul_parts(x, self.operand, bias=self.bias, out_dtype=out_dtype)
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the matrices that a call multiplies by: this one."""
+        yield self
+
+
+class Output(Protocol):
+    """What attention and MLP end with: a Linear, or what a rank does of one."""
+
+    @property
+    def order(self) -> Tensor | None:
+        """[K] int32: feature j of the input must be feature order[j] of the unordered activation; None: as it is."""
+        ...
+
+    def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Return [S, T, N] of `out_dtype`, whose sum over S is the result, for x [T, K] in `order`."""
+        ...
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the matrices that a call multiplies by."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -214,7 +236,7 @@ class Attention:
     scale: float
     window: int | None  # positions that a query sees, itself included; None: all before it
     qkv: MergedLinear
-    out: Linear
+    out: Output
     rope: RopeTable
     q_norm: HeadNorm | None = None
     k_norm: HeadNorm | None = None
@@ -248,15 +270,29 @@ class Attention:
         )
         return self.out.in_parts(mixed, out_dtype=torch.float32)
 
+    def linears(self) -> Iterator[Linear]:
+        """Yield the matrices."""
+        yield from self.qkv.parts
+        yield from self.out.linears()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the other parameters."""
+        yield from (norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None)
+
 
 @dataclass(frozen=True)
 class GatedMLP:
     """down(silu(gate(x)) * up(x))."""
 
     gate_up: MergedLinear
-    down: Linear
+    down: Output
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [S, T, C] fp32 for x [T, C] in the order of `gate_up`; the sum over S is the result."""
         hidden = silu_mul(self.gate_up.in_parts(x), order=self.down.order, out_dtype=x.dtype)
         return self.down.in_parts(hidden, out_dtype=torch.float32)
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the matrices."""
+        yield from self.gate_up.parts
+        yield from self.down.linears()

@@ -29,9 +29,10 @@ from qinfer.errors import QinferError
 from qinfer.kernels.operand import DenseOperand
 from qinfer.models.architectures import name_map, read_config
 from qinfer.models.config import ModelConfig
-from qinfer.models.decoder import CheckpointParameters, Decoder, root
+from qinfer.models.decoder import Decoder, root
 from qinfer.models.layers import Linear
 from qinfer.models.model import load_tokenizer, resolve_dtype
+from qinfer.models.parameters import CheckpointParameters
 from qinfer.parallel.comm import Alone
 from qinfer.quant import FORMATS, DenseWeight, Weight
 from qinfer.tokenizer import Tokenizer

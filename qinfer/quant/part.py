@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qinfer.errors import CheckpointError
-from qinfer.quant.weight import Dim, Source, Weight
+from qinfer.quant.weight import FLOATS, Dim, Source, Weight, take
 
 META = torch.device("meta")
 
@@ -28,9 +28,56 @@ class SlicedSource(Source, Protocol):
         ...
 
 
+def skeleton(kind: type[Weight], source: Source, name: str) -> Weight:
+    """Read a matrix without the values of its large tensors; vectors, such as the groups of features, have theirs.
+
+    Raises:
+        CheckpointError: a tensor is missing, has a wrong shape or dtype, or a vector holds impossible values.
+        UnsupportedError: the options are well formed, but not served.
+    """
+    return kind.read(_Skeleton(source), name)
+
+
+def read_part(source: SlicedSource, name: str, bones: Weight, dim: Dim, start: int, stop: int) -> Weight:
+    """Read the part of a matrix between two of its cuts.
+
+    Args:
+        source: the checkpoint.
+        name: the module.
+        bones: its skeleton.
+        dim: along which the matrix is cut.
+        start: first input or output feature.
+        stop: one past the last, above `start`.
+
+    Returns:
+        What `slice(dim, start, stop)` of the whole matrix would be.
+
+    Raises:
+        ValueError: `start` or `stop` is no cut, or the part is empty.
+        CheckpointError: the part holds impossible values.
+    """
+    if stop <= start:
+        raise ValueError(f"a part must hold at least one feature, got {start}:{stop}")
+    part, before = bones.slice(dim, start, stop).tensors(), bones.slice(dim, 0, start).tensors()
+    tensors = {f"{name}.{suffix}": tensor for suffix, tensor in part.items()}
+    starts = {f"{name}.{suffix}": tuple(tensor.shape) for suffix, tensor in before.items()}
+    return type(bones).read(_Part(source, tensors, starts), name)
+
+
+def take_rows(source: SlicedSource, name: str, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+    """Read rows of a floating-point table, [stop - start, C] of [V, C], and check them as `take` does.
+
+    Raises:
+        CheckpointError: the table is missing or has another shape, or the rows hold NaN or infinite values.
+    """
+    table = take(_Skeleton(source), name, shape, FLOATS)
+    rows = _Part(source, {name: table[start:stop]}, {name: (start, 0)})
+    return take(rows, name, (stop - start, shape[1]), FLOATS, finite=True)
+
+
 @dataclass(frozen=True)
-class Skeleton:
-    """A source whose matrices have shapes but no values; vectors, such as the groups of features, are read."""
+class _Skeleton:
+    """A source whose matrices have shapes but no values."""
 
     source: Source
 
@@ -57,10 +104,10 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class _Part:
-    """A source in which one matrix is only the part of it from `start` to `stop`."""
+    """A source that holds parts of the tensors of another one."""
 
     source: SlicedSource
-    tensors: dict[str, Tensor]  # of the part, by full name; those on the meta device are to be read
+    tensors: dict[str, Tensor]  # by full name; those on the meta device are still to be read
     starts: dict[str, tuple[int, ...]]  # where they begin in the stored tensor, per dimension
 
     @property
@@ -89,29 +136,3 @@ class _Part:
 
     def error(self, name: str | None, problem: str) -> CheckpointError:
         return self.source.error(name, problem)
-
-
-def read_part(source: SlicedSource, name: str, skeleton: Weight, dim: Dim, start: int, stop: int) -> Weight:
-    """Read the part of a matrix between two of its cuts.
-
-    Args:
-        source: the checkpoint.
-        name: the module.
-        skeleton: what its format reads from `Skeleton(source)`.
-        dim: along which the matrix is cut.
-        start: first input or output feature.
-        stop: one past the last, above `start`.
-
-    Returns:
-        What `skeleton.slice(dim, start, stop)` would be if the skeleton had values.
-
-    Raises:
-        ValueError: `start` or `stop` is no cut, or the part is empty.
-        CheckpointError: the part holds impossible values.
-    """
-    if stop <= start:
-        raise ValueError(f"a part must hold at least one feature, got {start}:{stop}")
-    part, before = skeleton.slice(dim, start, stop).tensors(), skeleton.slice(dim, 0, start).tensors()
-    tensors = {f"{name}.{suffix}": tensor for suffix, tensor in part.items()}
-    starts = {f"{name}.{suffix}": tuple(tensor.shape) for suffix, tensor in before.items()}
-    return type(skeleton).read(_Part(source, tensors, starts), name)

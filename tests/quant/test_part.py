@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qinfer.errors import CheckpointError
 from qinfer.quant import FORMATS, AWQWeight, CompressedWeight, DenseWeight, EXL2Weight, FP8Weight, GPTQWeight, Weight
-from qinfer.quant.part import Skeleton, read_part
+from qinfer.quant.part import read_part, skeleton, take_rows
 from tests.quant.memory_source import MemorySource, stored_as
 from tests.strategies import random_tensor
 
@@ -67,22 +68,22 @@ class Counted:
 def test_part_is_what_slice_gives(kind: str, dim: Any) -> None:
     weight = WEIGHTS[kind]
     source = Counted(stored_as(weight, "m"))
-    skeleton = type(weight).read(Skeleton(source), "m")
-    assert list(skeleton.cuts(dim)) == list(weight.cuts(dim))
+    bones = skeleton(type(weight), source, "m")
+    assert list(bones.cuts(dim)) == list(weight.cuts(dim))
     cuts = list(weight.cuts(dim))
     if not cuts:
         assert (kind, dim) in {("gptq 3 act-order", "in"), ("exl2", "in")}
         return
     for start, stop in ((cuts[0], cuts[len(cuts) // 2]), (cuts[len(cuts) // 3], cuts[-1]), (cuts[1], cuts[2])):
         source.read_elements.clear()
-        part = read_part(source, "m", skeleton, dim, start, stop)
+        part = read_part(source, "m", bones, dim, start, stop)
         expected = weight.slice(dim, start, stop)
         assert part.shape == expected.shape
         assert part.tensors().keys() == expected.tensors().keys()
         for suffix, tensor in expected.tensors().items():
             got = part.tensors()[suffix]
             assert (got.shape, got.dtype) == (tensor.shape, tensor.dtype), suffix
-            assert torch.equal(got.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), suffix
+            assert got.tolist() == tensor.tolist(), suffix
         assert torch.equal(part.dequantize(), expected.dequantize())
         largest = max(weight.tensors(), key=lambda suffix: weight.tensors()[suffix].numel())
         share = (stop - start) / weight.shape[0 if dim == "in" else 1]
@@ -93,7 +94,20 @@ def test_every_format_is_tried() -> None:
     assert {type(weight) for weight in WEIGHTS.values()} == set(FORMATS.values())
 
 
+def test_rows_of_a_table() -> None:
+    table = random_tensor(50, 8, seed=3)
+    source = Counted(MemorySource({"table": table}))
+    assert torch.equal(take_rows(source, "table", (50, 8), 32, 50), table[32:])
+    assert source.read_elements == {"table": 18 * 8}
+    with pytest.raises(CheckpointError, match=r"shape must be \[51, 8\]"):
+        take_rows(source, "table", (51, 8), 32, 50)
+    table[40, 3] = torch.inf
+    take_rows(source, "table", (50, 8), 0, 40)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        take_rows(source, "table", (50, 8), 32, 50)
+
+
 def test_no_part_is_empty() -> None:
     source = Counted(stored_as(WEIGHTS["dense"], "m"))
     with pytest.raises(ValueError, match="at least one feature, got 8:8"):
-        read_part(source, "m", DenseWeight.read(Skeleton(source), "m"), "out", 8, 8)
+        read_part(source, "m", skeleton(DenseWeight, source, "m"), "out", 8, 8)
