@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from qinfer.engine.sampling import SamplingParams, UniformStream, sample
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence
 from qinfer.engine.text import TextStream
+from qinfer.engine.turns import Turns
 from qinfer.errors import NonFiniteLogits
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
@@ -82,6 +83,7 @@ class Job:
     def cancel(self) -> None:
         """Finish now and return the pages; the last event comes with the next step. Nothing happens when finished."""
         if not self.finished:
+            self._generator.turns.cancel(self.id)
             self._generator.finish(self, "cancelled", text=self._stream.flush())
 
     def advance(self, token_id: int, eos_ids: abc.Set[int]) -> None:
@@ -130,6 +132,8 @@ class _FailTogether:
     ) -> None:
         """End what is not finished; text still withheld is dropped, since the tokenizer may be what raised."""
         if error is not None:
+            # Other ranks may have come further, or less far.
+            self._generator.model.comm.fail(f"{type(error).__name__}: {error}")
             for job in self._jobs:
                 if not job.finished:
                     self._generator.finish(job, "error", error=error)
@@ -160,6 +164,13 @@ class Generator:
         """
         if max_tokens < 1 or page_size < 1:
             raise ValueError(f"max_tokens and page_size must be at least 1, got {max_tokens} and {page_size}")
+        settings = {
+            "kv_format": kv_format,
+            "max_tokens": max_tokens,
+            "page_size": page_size,
+            "max_batch": max_batch,
+            "max_step_tokens": max_step_tokens,
+        }
         self.model = model
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
         self.scheduler = Scheduler(self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens)
@@ -168,6 +179,7 @@ class Generator:
         if model.device.type == "cuda":
             longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
             self.graphs = GraphRunner(model.decoder, self.cache, max_batch=max_batch, table_width=longest)
+        self.turns = Turns(model.comm, settings)
         self._ids = count()
         self._jobs: dict[int, Job] = {}
         self._events: list[Event] = []
@@ -241,6 +253,15 @@ class Generator:
         """Complete one prompt and yield its events; closing the iterator cancels the request."""
         return self._stream(self._sequence(prompt, params))
 
+    def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
+        """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
+        for request in requests:
+            params = SamplingParams(**request["params"])
+            self._enqueue(Sequence(request["id"], tuple(request["prompt"]), params, UniformStream(params.seed)), [])
+        for number in cancelled:
+            self._jobs[number].cancel()
+        self._advance()
+
     def finish(
         self,
         job: Job,
@@ -297,11 +318,15 @@ class Generator:
         text = TextStream(self.model.tokenizer, sequence.prompt[-_TAIL:], tuple(sequence.params.stop))
         job = Job(self, sequence, text, events)
         self.scheduler.add(sequence)
+        self.turns.request(sequence)
         self._jobs[job.id] = job
         return job
 
     def _advance(self) -> None:
         """Run one step and deliver its events."""
+        if not self.scheduler.has_work:
+            return
+        self.turns.step()
         step = self.scheduler.schedule()
         if not step:
             return
@@ -322,8 +347,8 @@ class Generator:
             sequence.num_computed += num_tokens
         if not complete:
             return []
-        # The one transfer from the device in a step.
-        ids = sample(logits, [sequence.row() for sequence in complete]).tolist()
+        # The one transfer from the device in a step; rank 0 decides.
+        ids = self.model.comm.agree(sample(logits, [sequence.row() for sequence in complete]))
         return list(zip(complete, ids, strict=True))
 
     def _logits(self, step: Step) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
@@ -17,7 +18,10 @@ from qinfer.models.architectures import name_map, read_config
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.config import ModelConfig
 from qinfer.models.decoder import Decoder
-from qinfer.parallel.comm import Alone
+from qinfer.models.placement import place, sizes_of
+from qinfer.parallel.comm import Alone, Communicator, Group
+from qinfer.parallel.plan import Plan
+from qinfer.parallel.spawn import lead
 from qinfer.tokenizer import Tokenizer
 
 CHUNK = 2048  # tokens per step of `Model.logits`
@@ -44,6 +48,7 @@ class Model:
         dtype: dtype of its activations; the residual stream is fp32 whatever it is.
         tokenizer: text to token ids and back; None when the model has none.
         eos_ids: token ids that end a text, of the config and of the tokenizer.
+        plan: what each rank holds; None when this process holds everything.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Model:
         device: torch.device,
         dtype: torch.dtype,
         tokenizer: Tokenizer | None = None,
+        plan: Plan | None = None,
     ) -> None:
         """Put the parts together."""
         self.config = config
@@ -61,6 +67,7 @@ class Model:
         self.device = device
         self.dtype = dtype
         self.tokenizer = tokenizer
+        self.plan = plan
         self.eos_ids = config.eos_ids | (frozenset() if tokenizer is None else tokenizer.eos_ids)
 
     @classmethod
@@ -70,6 +77,9 @@ class Model:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        gpus: Sequence[float] | None = None,
+        cache_tokens: int = 8192,
+        parallel: Group | None = None,
     ) -> Model:
         """Load a checkpoint.
 
@@ -78,18 +88,53 @@ class Model:
             device: where to run, "cuda" or "cpu"; None takes CUDA if there is one.
             dtype: of the activations, as torch's or as "fp16", "bf16", "fp32"; None takes fp32 on a CPU, and on a GPU
                 the checkpoint's, or bf16 if that is fp32.
+            gpus: GB to use of each GPU, 0 to leave one out; divides the model among them, one process each, which are
+                started here and end with the model. On a CPU: GB for each of so many processes.
+            cache_tokens: tokens that the division leaves room for in the cache; with `gpus` or `parallel` only.
+            parallel: this process is a rank of a group, all of which load the model; with `gpus`, one entry per rank,
+                or else the memory that is free.
 
         Raises:
             CheckpointError: a file is missing, damaged or contradicts another.
             UnsupportedError: the model, its format, the device or the dtype is not served.
+            PlanError: the model cannot be divided like that.
+            GroupError: a rank is gone.
         """
         checkpoint = Checkpoint(path)
         config = read_config(checkpoint)
-        device = _resolve_device(device)
-        resolved = resolve_dtype(dtype, device, config)
+        found = _resolve_device(device) if parallel is None else parallel.device
+        resolved = resolve_dtype(dtype, found, config)
         tokenizer = load_tokenizer(checkpoint, config)
-        decoder = Decoder.load(checkpoint, config, device=device, dtype=resolved, comm=Alone())
-        return cls(config, decoder, device=device, dtype=resolved, tokenizer=tokenizer)
+        if gpus is None and parallel is None:
+            decoder = Decoder.load(checkpoint, config, device=found, dtype=resolved, comm=Alone())
+            return cls(config, decoder, device=found, dtype=resolved, tokenizer=tokenizer)
+        plan = place(sizes_of(checkpoint, config), gpus, parallel, cache_tokens)
+        if parallel is None:
+            name = str(resolved).removeprefix("torch.")
+            options = {"path": str(path), "dtype": name, "gpus": list(gpus or ()), "cache_tokens": cache_tokens}
+            devices = [f"cuda:{share.gpu}" if found.type == "cuda" else "cpu" for share in plan.shares]
+            parallel = lead("qinfer.engine.follow:run", options, devices)
+        try:
+            found = parallel.device
+            decoder = Decoder.load(checkpoint, config, device=found, dtype=resolved, comm=parallel, plan=plan)
+            parallel.barrier()
+        except BaseException as problem:
+            parallel.fail(f"{type(problem).__name__}: {problem}")
+            parallel.close()
+            raise
+        model = cls(config, decoder, device=found, dtype=resolved, tokenizer=tokenizer, plan=plan)
+        # Also at the end of the process.
+        weakref.finalize(model, parallel.close)
+        return model
+
+    @property
+    def comm(self) -> Communicator:
+        """The ranks that share the model."""
+        return self.decoder.comm
+
+    def close(self) -> None:
+        """End the processes that share the model, which cannot run any more; nothing happens if there are none."""
+        self.comm.close()
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Score a text: the logits behind every one of its tokens.
@@ -107,6 +152,7 @@ class Model:
         ids = self.check_token_ids(token_ids)
         if len(ids) > self.config.max_positions:
             raise ValueError(f"token_ids must be at most {self.config.max_positions} for this model, got {len(ids)}")
+        self.comm.tell({"token_ids": ids})
         page_size = 256
         cache = self.new_cache(-(-len(ids) // page_size), page_size=page_size)
         logits = torch.empty(len(ids), self.config.vocab_size, dtype=torch.float32, device=self.device)
@@ -151,10 +197,15 @@ class Model:
         Raises:
             UnsupportedError: there is no such format.
         """
+        num_layers, num_kv_heads = self.config.num_layers, self.config.num_kv_heads
+        if self.plan is not None:
+            start, stop = self.plan.shares[self.comm.rank].kv_heads
+            # A rank without heads keeps the pages' numbers, but nobody reads or writes them.
+            num_layers, num_kv_heads = (num_layers, stop - start) if stop > start else (1, 1)
         return PagedKVCache(
-            num_layers=self.config.num_layers,
+            num_layers=num_layers,
             num_pages=num_pages,
-            num_kv_heads=self.config.num_kv_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=self.config.head_dim,
             device=self.device,
             page_size=page_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 
 from qinfer.errors import GroupError, UnsupportedError
 from qinfer.parallel.link import CLOSED, Limits, Link
+from qinfer.parallel.plan import GB
 
 # A rank that computes or compiles keeps beating, so a collective may wait for long; the link finds who is gone.
 PATIENCE = timedelta(hours=1)
@@ -58,6 +60,14 @@ class Communicator(Protocol):
         """Send JSON from rank 0 to the others, which wait for it in `Group.receive`; nothing happens on other ranks."""
         ...
 
+    def fail(self, reason: str) -> None:
+        """End the group because of something that happened on this rank, which may have lost step with the others."""
+        ...
+
+    def close(self) -> None:
+        """End the group in peace; may be called again."""
+        ...
+
 
 class Alone:
     """The communicator of a model that one process holds entirely: every collective is the identity, without a copy."""
@@ -94,6 +104,12 @@ class Alone:
 
     def tell(self, message: dict[str, Any]) -> None:
         """Nobody listens."""
+
+    def fail(self, reason: str) -> None:
+        """Nobody else is concerned."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 class Group:
@@ -204,6 +220,15 @@ class Group:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.agree(self.all_reduce(torch.zeros(1, device=self.device)))
+
+    def free_memory(self) -> list[float]:
+        """Return the GB (2^30 bytes) that each rank can use, the same list on all of them."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.size
+        everyone = self.all_gather(torch.tensor([free], device=self.device), 0)
+        return [nbytes / GB for nbytes in self.agree(everyone)]
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message from rank 0 to all others."""

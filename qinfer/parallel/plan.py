@@ -133,6 +133,11 @@ class Plan:
             total = f"{_gb(sum(s.nbytes for s in self.shares))} of {_gb(sum(s.budget for s in self.shares))}"
             raise PlanError(f"the model does not fit: {', '.join(texts)}; all GPUs together {total}")
 
+    def check_ranks(self, size: int | None) -> None:
+        """Raise PlanError unless there is one process per rank; None: they are yet to be started."""
+        if size not in (None, self.size):
+            raise PlanError(f"gpus gives memory to {self.size} ranks, but {size} were started; both must be the same")
+
     def __str__(self) -> str:
         head = ("GPU", "KV heads", "Q heads", "MLP", "residual", "vocabulary", "weights", "cache", "of")
         rows = [

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from qinfer.engine.sampling import Row, SamplingParams, UniformStream, sample
 from qinfer.models.batch import Batch
 from qinfer.models.model import Model
+from qinfer.parallel.comm import Alone
 
 VOCAB = 340
 EMPTY = -7  # in slots that were never written
@@ -73,6 +74,7 @@ class MockModel:
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.device = torch.device("cpu")
+        self.comm = Alone()
         self.steps: list[list[int]] = []  # tokens per sequence of each step
         self.fail_at: int | None = None  # number of the step that raises
 

@@ -1,0 +1,32 @@
+"""What ranks other than 0 do: load their share of the model, then repeat what rank 0 does until it closes the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qinfer.engine.generator import Generator
+from qinfer.models.model import Model
+from qinfer.parallel.comm import Group
+
+
+def run(group: Group, **options: Any) -> None:  # noqa: ANN401  whatever rank 0 gave to Model.load
+    """Load a model as a rank that rank 0 has started, and follow."""
+    follow(Model.load(**options, parallel=group), group)
+
+
+def follow(model: Model, group: Group) -> None:
+    """Repeat what rank 0 does with its share of the model, until rank 0 closes it.
+
+    Raises:
+        GroupError: a rank is gone.
+    """
+    generators: dict[int, Generator] = {}
+    while (message := group.receive()) is not None:
+        for number in message.get("released", ()):
+            generators.pop(number, None)
+        if "token_ids" in message:
+            model.logits(message["token_ids"])
+        elif "settings" in message:
+            generators[message["generator"]] = Generator(model, **message["settings"])
+        else:
+            generators[message["generator"]].repeat(message["requests"], message["cancelled"])

@@ -1,0 +1,63 @@
+"""Several ranks, one generator each, that go the same way: rank 0 takes the requests and tells what it did with them.
+
+Every rank runs the same program: schedulers are deterministic, sampled ids are rank 0's, and what comes from outside,
+new and cancelled requests, is told before each step. One message is a JSON object with
+
+    generator    number of the generator it is about
+    settings     how to make it, in its first message
+    requests     new ones: id, prompt, params
+    cancelled    ids of requests
+    released     numbers of generators that rank 0 has dropped since
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import asdict
+from itertools import count
+from typing import Any
+
+from qinfer.engine.sequence import Sequence
+from qinfer.parallel.comm import Communicator
+
+_numbers = count()
+# Filled by the garbage collector, which may run anywhere, and emptied by the next message.
+_released: deque[int] = deque()
+
+
+class Turns:
+    """What rank 0 has to tell about one generator; on other ranks, and alone, nothing is ever told."""
+
+    def __init__(self, comm: Communicator, settings: dict[str, Any]) -> None:
+        """Tell that there is a generator with these settings."""
+        self._comm = comm
+        self._is_heard = comm.size > 1 and comm.rank == 0
+        self._number = next(_numbers)
+        self._requests: list[dict[str, Any]] = []
+        self._cancelled: list[int] = []
+        if self._is_heard:
+            comm.tell({"generator": self._number, "settings": settings, "released": _take_released()})
+            weakref.finalize(self, _released.append, self._number)
+
+    def request(self, sequence: Sequence) -> None:
+        """Note a new request."""
+        if self._is_heard:
+            params = asdict(sequence.params)
+            self._requests.append({"id": sequence.id, "prompt": list(sequence.prompt), "params": params})
+
+    def cancel(self, request: int) -> None:
+        """Note that a request was cancelled."""
+        if self._is_heard:
+            self._cancelled.append(request)
+
+    def step(self) -> None:
+        """Tell what was noted, and that a step follows."""
+        if self._is_heard:
+            turn = {"generator": self._number, "requests": self._requests, "cancelled": self._cancelled}
+            self._requests, self._cancelled = [], []
+            self._comm.tell({**turn, "released": _take_released()})
+
+
+def _take_released() -> list[int]:
+    return [_released.popleft() for _ in range(len(_released))]
