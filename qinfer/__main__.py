@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qinfer.errors import QinferError
-from qinfer.programs import doctor, generate
+from qinfer.programs import doctor, generate, plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     programs = parser.add_subparsers(dest="program", required=True, metavar="PROGRAM")
     generate.add_parser(programs)
     doctor.add_parser(programs)
+    plan.add_parser(programs)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))

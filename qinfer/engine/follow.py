@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qinfer.engine.generator import Generator
+from qinfer.errors import GroupError
 from qinfer.models.model import Model
 from qinfer.parallel.comm import Group
 
@@ -20,6 +21,15 @@ def follow(model: Model, group: Group) -> None:
     Raises:
         GroupError: a rank is gone.
     """
+    try:
+        _repeat(model, group)
+    except GroupError:
+        # Rank 0 has all it needs of a step before this rank is through with it.
+        if not group.is_closed:
+            raise
+
+
+def _repeat(model: Model, group: Group) -> None:
     generators: dict[int, Generator] = {}
     while (message := group.receive()) is not None:
         for number in message.get("released", ()):

@@ -243,6 +243,11 @@ class Group:
         """
         return self._link.receive()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the group has ended in peace; on a rank that is still busy, calls raise GroupError for this, too."""
+        return self._link.reason == CLOSED
+
     def fail(self, reason: str) -> None:
         """End the group because of something that happened on this rank; the first reason counts."""
         self._link.down(f"rank {self.rank}: {reason}")

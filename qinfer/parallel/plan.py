@@ -194,4 +194,4 @@ def _width(span: Span) -> str:
 
 
 def _gb(nbytes: int) -> str:
-    return f"{nbytes / GB:.2f} GB" if nbytes >= GB // 100 else f"{nbytes / (1 << 20):.2f} MB"
+    return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / (1 << 20):.2f} MB"

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from qinfer.assets import STORYTELLER
 from qinfer.cache.formats import KV_FORMATS
+from qinfer.engine.follow import follow
 from qinfer.engine.generator import Completion, Generator
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.model import Model
+from qinfer.parallel.spawn import join
+from qinfer.programs.plan import gigabytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -39,6 +42,8 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=f"of the cache: {', '.join(KV_FORMATS)}")
     parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
+    parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="divide the model: GB to use of each GPU")
+    parser.add_argument("--tp", action="store_true", help="be one of the ranks that torchrun has started")
     parser.set_defaults(run=run)
 
 
@@ -56,7 +61,27 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         stop=tuple(options.stop),
     )
-    model = Model.load(options.model or STORYTELLER, device=options.device, dtype=options.dtype)
+    group = join() if options.tp else None
+    model = Model.load(
+        options.model or STORYTELLER,
+        device=options.device,
+        dtype=options.dtype,
+        gpus=options.gpus,
+        # A token has a character at the least, as a rule.
+        cache_tokens=len(prompt) + params.max_new_tokens,
+        parallel=group,
+    )
+    if group is not None and group.rank:
+        follow(model, group)
+        return 0
+    try:
+        return _stream(model, prompt, params, options)
+    finally:
+        model.close()
+
+
+def _stream(model: Model, prompt: str, params: SamplingParams, options: argparse.Namespace) -> int:
+    """Print the completion as it comes."""
     if model.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, which a text prompt needs")
     max_tokens = len(model.tokenizer.encode(prompt)) + params.max_new_tokens
