@@ -31,7 +31,7 @@ FLOORS: dict[str, Floor] = {
     "shares": _floor("parallel.split parallel.plan parallel.link engine.pages", "base shares", ""),
     "kernels": _floor("kernels", "base kernels", "torch triton"),
     "files": _floor(
-        "checkpoint staging parallel.comm parallel.spawn parallel.context",
+        "checkpoint staging parallel.comm parallel.spawn",
         "base shares files",
         "torch safetensors",
     ),
@@ -39,7 +39,9 @@ FLOORS: dict[str, Floor] = {
     "memory": _floor("memory", "base memory", "torch"),
     "quant": _floor("quant", "base shares kernels files quant", "torch"),
     "cache": _floor("cache", "base shares kernels files cache", "torch"),
-    "models": _floor("models", "base shares kernels files text memory quant cache models", "torch numpy"),
+    "models": _floor(
+        "models parallel.context", "base shares kernels files text memory quant cache models", "torch numpy"
+    ),
     "engine": _floor("engine", "base shares kernels files text memory quant cache models engine", "torch numpy"),
     "assets": _floor("assets", "base assets", ""),
     "top": _floor(

@@ -34,15 +34,25 @@ from qinfer.compat.ext_packing import (
     tensor_remap,
     tensor_remap_4bit,
 )
+from qinfer.compat.ext_tp import (
+    free_tp_context,
+    make_tp_context,
+    tp_all_reduce,
+    tp_broadcast,
+    tp_cross_device_barrier,
+    tp_gather,
+)
 
 __all__ = [
     "free_q_matrix",
+    "free_tp_context",
     "gemm_half_half_half",
     "gemm_half_q_half",
     "gemm_half_q_half_tp",
     "make_group_map",
     "make_q_matrix",
     "make_q_matrix_split",
+    "make_tp_context",
     "matrix_fp16_to_q4",
     "matrix_q4_to_fp16",
     "pack_columns",
@@ -51,4 +61,8 @@ __all__ = [
     "stloader_read",
     "tensor_remap",
     "tensor_remap_4bit",
+    "tp_all_reduce",
+    "tp_broadcast",
+    "tp_cross_device_barrier",
+    "tp_gather",
 ]

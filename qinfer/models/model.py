@@ -109,6 +109,10 @@ class Model:
             decoder = Decoder.load(checkpoint, config, device=found, dtype=resolved, comm=Alone())
             return cls(config, decoder, device=found, dtype=resolved, tokenizer=tokenizer)
         plan = place(sizes_of(checkpoint, config), gpus, parallel, cache_tokens)
+        if plan.size == 1 and parallel is None:
+            found = torch.device("cuda", plan.shares[0].gpu) if found.type == "cuda" else found
+            decoder = Decoder.load(checkpoint, config, device=found, dtype=resolved, comm=Alone())
+            return cls(config, decoder, device=found, dtype=resolved, tokenizer=tokenizer)
         if parallel is None:
             name = str(resolved).removeprefix("torch.")
             options = {"path": str(path), "dtype": name, "gpus": list(gpus or ()), "cache_tokens": cache_tokens}

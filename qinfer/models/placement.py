@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from qinfer.checkpoint import Checkpoint
 from qinfer.models.architectures import name_map
 from qinfer.models.config import ModelConfig
+from qinfer.models.decoder import Decoder
 from qinfer.parallel.comm import Group
 from qinfer.parallel.plan import Plan, Sizes
 
@@ -45,6 +46,25 @@ def sizes_of(checkpoint: Checkpoint, config: ModelConfig) -> Sizes:
         mlp_bytes=total(mlp),
         vocab_bytes=total([names.embed] if config.tied_embeddings else [names.embed, names.head]),
         norm_bytes=total([*norms, names.final_norm]),
+    )
+
+
+def loaded_sizes(config: ModelConfig, decoder: Decoder) -> Sizes:
+    """Add up the parts of a decoder that one process holds, as they are in memory."""
+    blocks = decoder.blocks
+    head = 0 if decoder.head is None or config.tied_embeddings else decoder.head.nbytes
+    return Sizes(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        mlp_size=config.mlp_size,
+        vocab_size=config.vocab_size,
+        attention_bytes=sum(linear.nbytes for block in blocks for linear in block.attention.linears()),
+        mlp_bytes=sum(linear.nbytes for block in blocks for linear in block.mlp.linears()),
+        vocab_bytes=decoder.embedding.table.nbytes + head,
+        norm_bytes=sum(tensor.nbytes for tensor in decoder.tensors()) - decoder.embedding.table.nbytes,
     )
 
 

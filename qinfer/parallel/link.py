@@ -28,6 +28,7 @@ from typing import Any
 from qinfer.errors import GroupError
 
 CLOSED = "the model was closed"
+NOTICE = 0.5  # seconds to wait for a line that another thread is sending
 _TOKEN_LENGTH = 256  # a first line longer than this is no greeting
 
 
@@ -199,16 +200,15 @@ class Link:
             self.reason = reason
         notice = json.dumps({"down": reason}).encode() + b"\n"
         for peer, connection in self._peers.items():
-            # Whoever holds the lock is stuck in front of a peer that does not read, and will see the socket close.
-            if peer != but and self._locks[peer].acquire(blocking=False):
+            # Whoever holds the lock for long is stuck in front of a peer that does not read, and needs no notice.
+            if peer != but and self._locks[peer].acquire(timeout=NOTICE):
                 self._try_to_send(connection, notice)
                 self._locks[peer].release()
         self._inbox.put(None)
         self._ended.set()
         self._on_down(reason)
-        # Only now: shutting down lets a peer see the end, and it must find the notice in front of it.
         for connection in self._peers.values():
-            _shut(connection)
+            _end_sending(connection)
 
     def _run(self) -> None:
         """Beat, listen, and notice who is gone."""
@@ -265,10 +265,13 @@ class Link:
             return
 
 
-def _shut(connection: socket.socket) -> None:
-    """End a connection that may have ended already."""
+def _end_sending(connection: socket.socket) -> None:
+    """End one direction of a connection that may have ended already.
+
+    Refusing what the peer still sends would reset the connection, and with it the notice that the peer has yet to read.
+    """
     try:
-        connection.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_WR)
     except OSError:
         return
 

@@ -134,6 +134,14 @@ def test_logits_are_those_of_one_rank(tmp_path: Path, kind: str, counts: tuple[t
         assert torch.equal(logits, results[0])
 
 
+def test_five_ranks_share_four_heads(tmp_path: Path) -> None:
+    folder = write(tmp_path, "gptq")
+    plan = divide(folder, (1, 4, 0, 2), (1, 4, 1, 1), (0, 4, 1, 2), (1, 0, 1, 1), (1, 4, 1, 1))
+    expected = run(Model.load(folder, device="cpu"))
+    for logits in on_ranks(5, lambda rank: run(load(folder, plan, rank))):
+        assert_close(logits, expected)
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [

@@ -1,0 +1,172 @@
+"""Ranks in processes of their own over gloo: collectives, whole models, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qinfer.models.model
+from qinfer.__main__ import main
+from qinfer.engine.generator import Generator
+from qinfer.engine.sampling import SamplingParams
+from qinfer.errors import GroupError, PlanError, UnsupportedError
+from qinfer.models.model import Model
+from qinfer.parallel.link import Limits
+from qinfer.parallel.spawn import Children, join, lead
+from tests.compare import assert_close
+from tests.models import tiny
+from tests.parallel.ranks import check_collectives
+from tests.parallel.test_shards import write
+
+OBEY = "tests.parallel.ranks:obey"
+SHORT = Limits(silence=1.0)
+
+
+@contextmanager
+def fails(text: str, *, within: float) -> Iterator[None]:
+    """A GroupError with this text, in bounded time."""
+    start = time.monotonic()
+    with pytest.raises(GroupError, match=text):
+        yield
+    assert time.monotonic() - start < within
+
+
+def test_collectives_and_an_error_on_a_rank() -> None:
+    group = lead(OBEY, {}, ["cpu"] * 3)
+    try:
+        group.tell({"do": "collectives"})
+        check_collectives(group)
+        with pytest.raises(ValueError, match="sizes must be of 3 ranks and 1 for rank 0"):
+            group.all_gather(torch.zeros(1), 0, [2, 1, 1])
+        with pytest.raises(UnsupportedError, match="close the other model first"):
+            lead(OBEY, {}, ["cpu"])
+        with fails("rank 2: ValueError: no more", within=5):
+            group.tell({"do": "raise", "rank": 2, "text": "no more"})
+            group.tell({"do": "reduce"})
+            group.all_reduce(torch.zeros(1))
+        with fails("rank 2: ValueError: no more", within=1):
+            group.tell({"do": "reduce"})
+    finally:
+        group.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_stopped_rank_is_ended() -> None:
+    processes: list[Children] = []
+    group = lead(OBEY, {}, ["cpu"] * 2, limits=SHORT, started=processes.append)
+    pids = processes[0].pids
+    # Computing for longer than the silence that ends a group is no silence.
+    group.tell({"do": "sleep", "seconds": 1.5})
+    group.tell({"do": "reduce"})
+    group.all_reduce(torch.zeros(1))
+    os.kill(pids[0], signal.SIGSTOP)
+    group.tell({"do": "reduce"})
+    with fails("rank 1 has not answered for 1 s", within=5):
+        group.all_reduce(torch.zeros(1))
+    group.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(signal.SIGKILL, "rank 1 was ended by signal 9"), (signal.SIGSTOP, "rank 1 did not start")]
+)
+def test_a_rank_that_does_not_start(number: signal.Signals, text: str) -> None:
+    def hit(children: Children) -> None:
+        os.kill(children.pids[0], number)
+
+    with fails(text, within=5):
+        lead(OBEY, {}, ["cpu"] * 2, limits=Limits(arrival=1.0), started=hit)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("group"), "gptq act-order")
+
+
+def catch_children(monkeypatch: pytest.MonkeyPatch) -> list[Children]:
+    """Let Model.load tell which processes it starts."""
+    caught: list[Children] = []
+
+    def spy(*args: object, **options: object) -> object:
+        return lead(*args, **options, started=caught.append)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(qinfer.models.model, "lead", spy)
+    return caught
+
+
+def test_model_on_three_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, greedy and seeded text, streams that are left early; then a rank is killed while it decodes."""
+    children = catch_children(monkeypatch)
+    whole = Model.load(folder, device="cpu")
+    model = Model.load(folder, device="cpu", gpus=[0.02, 0, 0.012, 0.01], cache_tokens=100)
+    assert model.plan is not None
+    assert [share.gpu for share in model.plan.shares] == [0, 2, 3]
+    ids = tiny.prompt(40)
+    assert_close(model.logits(ids), whole.logits(ids))
+
+    prompts = [tiny.prompt(length, seed=length) for length in (3, 30, 9, 1)]
+    ours, theirs = (Generator(m, max_tokens=300, page_size=16, max_step_tokens=16, max_batch=3) for m in (model, whole))
+    for params in (SamplingParams(temperature=0, max_new_tokens=9), SamplingParams(seed=5, max_new_tokens=9)):
+        assert ours.generate(prompts, params) == theirs.generate(prompts, params)
+    stream = ours.stream(prompts[1], SamplingParams(max_new_tokens=20))
+    next(stream)
+    stream.close()
+    unseeded = ours.generate(prompts[0], SamplingParams(max_new_tokens=5, ignore_eos=True))
+    assert len(unseeded.token_ids) == 5
+    del ours, stream
+    again = Generator(model, max_tokens=300, page_size=16)
+    assert again.generate(prompts, params) == theirs.generate(prompts, params)
+    assert again.pages.num_used == 0
+
+    os.kill(children[0].pids[1], signal.SIGKILL)
+    with fails("rank 2 ended unexpectedly", within=10):
+        again.generate(prompts[0], SamplingParams(temperature=0, max_new_tokens=200))
+    with fails("rank 2 ended unexpectedly", within=1):
+        model.logits(ids)
+    model.close()
+    model.close()
+
+
+def test_an_error_in_load_names_rank_and_cause(tmp_path: Path) -> None:
+    folder = write(tmp_path, "dense")
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][500, 3] = torch.nan
+
+    tiny.edit(folder, spoil)
+    with fails(r"rank 1: CheckpointError: .*up_proj.weight: the tensor holds NaN", within=30):
+        Model.load(folder, device="cpu", gpus=[0.01, 0.01])
+    assert not torch.distributed.is_initialized()
+
+
+def test_one_gpu_is_no_group(folder: Path) -> None:
+    model = Model.load(folder, device="cpu", gpus=[1])
+    assert (model.plan, model.comm.size) == (None, 1)
+    with pytest.raises(PlanError, match="does not fit"):
+        Model.load(folder, device="cpu", gpus=[1e-4, 1e-4], cache_tokens=0)
+
+
+def test_torchrun_generates_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+    program = ["generate", "Once upon a time", "-t", "0", "-n", "8", "--device", "cpu"]
+    assert main(program) == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qinfer"]
+    done = subprocess.run([sys.executable, *torchrun, *program, "--tp"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == capsys.readouterr().out
+
+
+def test_ranks_need_torchrun() -> None:
+    with pytest.raises(UnsupportedError, match="torchrun"):
+        join()
