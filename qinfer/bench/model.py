@@ -13,12 +13,16 @@ from torch import Tensor
 
 from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
 from qinfer.bench.report import emit
-from qinfer.bench.synthetic import PRESETS, WEIGHTS, synthetic_model
+from qinfer.bench.synthetic import PRESETS, WEIGHTS, synthetic_model, synthetic_sizes
 from qinfer.engine.generator import Generator, Job
 from qinfer.engine.sampling import SamplingParams
 from qinfer.kernels.device import default_device
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
+from qinfer.models.placement import place
+from qinfer.parallel.comm import Group
+from qinfer.parallel.spawn import join
+from qinfer.programs.plan import gigabytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -37,17 +41,18 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill measurement; default: 2048")
     parser.add_argument("--kv-format", default="fp16", help="of the cache; default: fp16")
     parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--tp", action="store_true", help="be one of the ranks that torchrun has started")
+    parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="with --tp: GB of each; default: what is free")
     parser.add_argument("--json", metavar="FILE", help="append the result to FILE as a line of JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write."""
+    group = join() if options.tp else None
     device = torch.device(options.device) if options.device else default_device()
-    if options.model:
-        model, weights = Model.load(options.model, device=device), "checkpoint"
-    else:
-        model, weights = synthetic_model(options.preset, options.weights, device), options.weights
+    device = device if group is None else group.device
+    model = _load(options, device, group)
     bandwidth = read_bandwidth(device)
     steps = _decode(model, options)
     bytes_per_step = _bytes_per_step(model, options)
@@ -55,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
     result = {
         "bench": "model",
         "model": options.model or options.preset,
-        "weights": weights,
+        "weights": "checkpoint" if options.model else options.weights,
+        "ranks": 1 if group is None else group.size,
+        "plan": None if model.plan is None else str(model.plan).splitlines(),
         "kv_format": options.kv_format,
         "batch": options.batch,
         "context": options.context,
@@ -70,8 +77,23 @@ def run(options: argparse.Namespace) -> int:
         "prefill_ms": prefill.asdict(),
         **environment(device),
     }
-    emit(result, options.json)
+    # Every rank has run the same steps, and rank 0 tells of its own share.
+    if group is None or group.rank == 0:
+        emit(result, options.json)
+    if group is not None:
+        group.finish()
     return 0
+
+
+def _load(options: argparse.Namespace, device: torch.device, group: Group | None) -> Model:
+    """Load or make the model, or this rank's share of it."""
+    room = options.batch * (options.context + options.new_tokens)
+    if options.model:
+        return Model.load(options.model, device=device, gpus=options.gpus, cache_tokens=room, parallel=group)
+    if group is None:
+        return synthetic_model(options.preset, options.weights, device)
+    plan = place(synthetic_sizes(options.preset, options.weights), options.gpus, group, room)
+    return synthetic_model(options.preset, options.weights, device, plan=plan, comm=group)
 
 
 def _decode(model: Model, options: argparse.Namespace) -> Times:
@@ -113,8 +135,9 @@ def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     table, *norms = decoder.tensors()
     cache = model.new_cache(1, kv_format=options.kv_format)
     middle = options.context + options.new_tokens // 2
-    per_token: int = cache.format.nbytes_per_token(config.num_kv_heads, config.head_dim)
-    per_sequence: int = table[0].nbytes + config.num_layers * middle * per_token
+    _, num_kv_heads, *_ = cache.pages(0)[0].shape
+    per_token: int = cache.format.nbytes_per_token(num_kv_heads, config.head_dim)
+    per_sequence: int = table.shape[1] * table.itemsize + config.num_layers * middle * per_token
     batch: int = options.batch
     return weights + sum(norm.nbytes for norm in norms) + batch * per_sequence
 

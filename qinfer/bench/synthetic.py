@@ -16,7 +16,7 @@ from qinfer.models.decoder import Decoder
 from qinfer.models.layers import Linear
 from qinfer.models.model import Model
 from qinfer.parallel.comm import Alone, Communicator
-from qinfer.parallel.plan import Plan, Span
+from qinfer.parallel.plan import Plan, Sizes, Span
 from qinfer.quant.weight import Dim
 
 
@@ -141,6 +141,29 @@ WEIGHTS: dict[str, tuple[torch.dtype, Callable[[SyntheticParameters, int, int], 
 }
 
 
+def synthetic_sizes(preset: str, weights: str) -> Sizes:
+    """Return the sizes of a preset with weights of a kind, from which a plan is made."""
+    config, (dtype, matrix) = PRESETS[preset], WEIGHTS[weights]
+    is_packed = matrix is SyntheticParameters.gptq_4bit_g128
+    width = 0.5 + dtype.itemsize / 128 if is_packed else dtype.itemsize
+    hidden, layers = config.hidden_size, config.num_layers
+    attention = 2 * layers * hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
+    table = config.vocab_size * hidden
+    return Sizes(
+        num_layers=layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        hidden_size=hidden,
+        mlp_size=config.mlp_size,
+        vocab_size=config.vocab_size,
+        attention_bytes=int(attention * width),
+        mlp_bytes=int(3 * layers * hidden * config.mlp_size * width),
+        vocab_bytes=table * dtype.itemsize + (0 if config.tied_embeddings else int(table * width)),
+        norm_bytes=(2 * layers + 1) * hidden * dtype.itemsize,
+    )
+
+
 def synthetic_model(
     preset: str, weights: str, device: torch.device, *, plan: Plan | None = None, comm: Communicator | None = None
 ) -> Model:
@@ -166,4 +189,4 @@ def synthetic_model(
     parameters = SyntheticParameters(device, dtype, matrix)
     comm = comm or Alone()
     decoder = Decoder.build(config, parameters, device=device, dtype=dtype, comm=comm, plan=plan)
-    return Model(config, decoder, device=device, dtype=dtype)
+    return Model(config, decoder, device=device, dtype=dtype, plan=plan)

@@ -140,7 +140,7 @@ class Group:
             link: to the other ranks, not watched yet.
             store: where torch.distributed exchanges addresses.
             size: number of ranks.
-            device: where this rank computes; made the current one if it is a GPU.
+            device: where this rank computes, prepared.
             limits: how long connecting and testing may take.
             leave: what to do about the processes when the group is over; called once, with the reason, from any thread.
 
@@ -159,8 +159,6 @@ class Group:
         alarm.start()
         try:
             with self._guarded():
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)
                 options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
                 timeout = timedelta(seconds=limits.check)
                 dist.init_process_group(
@@ -213,13 +211,22 @@ class Group:
     def agree(self, ids: Tensor) -> list[int]:
         """Return rank 0's ids, which every rank then goes on with."""
         agreed = list(self.broadcast(ids).tolist())
-        # A collective that was aborted on a GPU returns like any other, with anything in it.
-        self._link.check()
+        # A collective that was aborted on a GPU returns like any other, with anything in it. A group that was closed in
+        # peace was not aborted: rank 0 had what it needed before this rank was through.
+        if not self.is_closed:
+            self._link.check()
         return agreed
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.agree(self.all_reduce(torch.zeros(1, device=self.device)))
+
+    def finish(self) -> None:
+        """End the group in peace when every rank has come here."""
+        self.barrier()
+        while self.rank and self.receive() is not None:
+            pass
+        self.close()
 
     def free_memory(self) -> list[float]:
         """Return the GB (2^30 bytes) that each rank can use, the same list on all of them."""
@@ -254,6 +261,8 @@ class Group:
 
     def close(self) -> None:
         """End the group in peace; may be called again."""
+        if self.device.type == "cuda" and self._link.reason is None:
+            torch.cuda.synchronize(self.device)
         self._link.down(CLOSED)
         if dist.is_initialized():
             # Destroying would wait for collectives of ranks that may be gone.
@@ -294,7 +303,10 @@ class Group:
                 raise GroupError(f"rank {self.rank}: {reason}")
 
     def _expire(self) -> None:
-        self.fail(f"connecting and testing the collectives took more than {self._limits.check:g} s")
+        self.fail(
+            f"connecting and testing the collectives took more than {self._limits.check:g} s; between machines, "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface to use"
+        )
 
     def _fall(self, reason: str) -> None:
         """Free whoever waits in a collective; the link calls this when the group is over."""
@@ -302,6 +314,13 @@ class Group:
         if reason != CLOSED and self.device.type == "cuda" and dist.is_initialized():
             # The end of a peer does not free a GPU that waits for it.
             dist.distributed_c10d._abort_process_group()
+
+
+def prepare(device: torch.device) -> None:
+    """Make a GPU the current one and start it, which takes seconds that the test of the collectives shall not count."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
 
 
 def check_sizes(x: Tensor, dim: int, sizes: Sequence[int] | None, *, rank: int, size: int) -> int:

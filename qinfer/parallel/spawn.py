@@ -26,7 +26,7 @@ from torch.distributed import FileStore, PrefixStore, rendezvous  # type: ignore
 
 from qinfer.env import rank_of_torchrun
 from qinfer.errors import GroupError, UnsupportedError
-from qinfer.parallel.comm import Group
+from qinfer.parallel.comm import Group, prepare
 from qinfer.parallel.link import CLOSED, Address, Limits, Link, Listener, connect
 
 GRACE = 1.0  # seconds that a rank has to say what happened before it is ended
@@ -106,14 +106,15 @@ def lead(
         children.end()
         folder.cleanup()
 
+    device = torch.device(devices[0])
     try:
         started(children)
+        prepare(device)
         link = listener.accept(limits, children.check)
     except BaseException:
         children.end(grace=0)
         folder.cleanup()
         raise
-    device = torch.device(devices[0])
     return Group(link, FileStore(store, size), size=size, device=device, limits=limits, leave=leave)
 
 
@@ -121,6 +122,7 @@ def follow() -> None:
     """Do what rank 0 ordered on standard input: join it and call a function, then end."""
     order = json.loads(sys.stdin.buffer.readline())
     rank, limits = order["rank"], Limits(**order["limits"])
+    prepare(torch.device(order["device"]))
     link = connect(Address(**order["address"]), rank, limits)
     _run(link, order, limits)
 
@@ -152,6 +154,8 @@ def join(*, limits: Limits | None = None) -> Group:
     if not dist.is_torchelastic_launched():
         raise UnsupportedError("ranks of their own are started by torchrun --nproc-per-node N -m qinfer …")
     limits, place = limits or Limits(), rank_of_torchrun()
+    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    prepare(device)
     stored, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=limits.arrival)))
     store = PrefixStore("qinfer", stored)
     if rank == 0:
@@ -160,7 +164,6 @@ def join(*, limits: Limits | None = None) -> Group:
         link = listener.accept(limits)
     else:
         link = connect(Address(**json.loads(store.get("link"))), rank, limits)
-    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Group(link, store, size=size, device=device, limits=limits, leave=_leave)
 
 
