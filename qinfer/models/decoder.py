@@ -19,7 +19,6 @@ from qinfer.cache.paged import PagedKVCache
 from qinfer.checkpoint import Checkpoint
 from qinfer.kernels.gather import gather_rows
 from qinfer.kernels.operand import DenseOperand
-from qinfer.kernels.parts import add_up
 from qinfer.models.architectures import NameMap, name_map
 from qinfer.models.batch import Batch
 from qinfer.models.config import ModelConfig
@@ -53,13 +52,9 @@ class Block:
             [S, T, C] fp32, what this block has yet to add, in parts.
         """
         x = self.attention_norm(residual, delta)
-        delta = self._sum_over_ranks(self.attention(x, batch, cache))
+        delta = self.comm.all_reduce(self.attention(x, batch, cache))
         x = self.mlp_norm(residual, delta)
-        return self._sum_over_ranks(self.mlp(x))
-
-    def _sum_over_ranks(self, parts: Tensor) -> Tensor:
-        """Return the sum of every rank's product in parts, in parts; between ranks it travels as one [T, C]."""
-        return parts if self.comm.size == 1 else self.comm.all_reduce(add_up(parts))[None]
+        return self.comm.all_reduce(self.mlp(x))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Output(Protocol):
         ...
 
     def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Return [S, T, N] for x [T, K] in `order`, whose sum over S is the product; one part is of `out_dtype`."""
+        """Return [S, T, N] of `out_dtype`, whose sum over S is the result, for x [T, K] in `order`."""
         ...
 
     def linears(self) -> Iterator[Linear]:

@@ -23,6 +23,29 @@ from qinfer.parallel.plan import Plan, Span
 
 
 @dataclass(frozen=True)
+class SomeInputs:
+    """A product of the inputs that this rank has; the sum over the ranks is the whole.
+
+    It is one part on every rank: how many parts are best depends on K, which differs between ranks.
+    """
+
+    linear: Linear
+
+    @property
+    def order(self) -> Tensor | None:
+        """[K] int32 of this rank's inputs, as in Linear."""
+        return self.linear.order
+
+    def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Return [1, T, N] for this rank's x [T, K]."""
+        return self.linear(x, out_dtype=out_dtype)[None]
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the matrices."""
+        yield self.linear
+
+
+@dataclass(frozen=True)
 class Nothing:
     """The product of no inputs: zeros."""
 
@@ -60,12 +83,12 @@ class SomeColumns:
             [1, T, N], zero in the columns of the other ranks.
         """
         gathered = self.comm.all_gather(x, 1, self.in_sizes)
-        y = x.new_zeros(x.shape[0], self.out_features, dtype=out_dtype)
+        y = x.new_zeros(1, x.shape[0], self.out_features, dtype=out_dtype)
         if self.linear is not None:
             order = self.linear.order
             ordered = gathered if order is None else gather_columns(gathered, order)
-            y[:, slice(*self.columns)] = self.linear(ordered, out_dtype=out_dtype)
-        return y[None]
+            y[0, :, slice(*self.columns)] = self.linear(ordered, out_dtype=out_dtype)
+        return y
 
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices."""
@@ -158,9 +181,10 @@ class Cutter:
                 self.parameters.leave(name)
                 return Nothing(shape[1])
             if (start, stop) == (0, shape[0]):
-                return self.parameters.linear(name, shape, has_bias=has_bias)
+                linear = self.parameters.linear(name, shape, has_bias=has_bias)
+                return linear if self.plan is None else SomeInputs(linear)
             linear = self.parameters.part(name, shape, "in", (start, stop), has_bias=has_bias)
-            return linear if start == 0 else replace(linear, bias=None)
+            return SomeInputs(linear if start == 0 else replace(linear, bias=None))
         spans = self.spans("residual", shape[1])
         sizes = tuple(stop - start for start, stop in in_spans)
         linear_or_none = self.columns(name, shape, spans, has_bias=has_bias)

@@ -22,10 +22,9 @@ from qinfer.errors import PlanError
 from qinfer.models.architectures import read_config
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.decoder import Decoder
-from qinfer.models.layers import Linear
 from qinfer.models.model import Model
 from qinfer.models.placement import sizes_of
-from qinfer.models.shards import Idle, Nothing, SomeColumns
+from qinfer.models.shards import Idle, Nothing, SomeColumns, SomeInputs
 from qinfer.parallel.plan import Plan, Share
 from qinfer.quant import AWQWeight, CompressedWeight, EXL2Weight, FP8Weight, GPTQWeight, Weight
 from tests.compare import assert_close
@@ -170,7 +169,7 @@ def outputs(model: Model) -> list[type]:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("gptq", [Linear, Linear]),
+        ("gptq", [SomeInputs, SomeInputs]),
         ("gptq act-order", [SomeColumns, SomeColumns]),
         # Two heads of KV and their four queries are 128 features, half of them are not.
         ("gptq groups of 128", [SomeColumns, SomeColumns]),
@@ -183,7 +182,7 @@ def test_how_outputs_are_cut(tmp_path: Path, kind: str, expected: list[type]) ->
     models = on_ranks(3, lambda rank: load(folder, plan, rank))
     assert outputs(models[0]) == expected
     assert isinstance(models[1].decoder.blocks[0].attention, Idle)
-    assert outputs(models[1])[0] is (Nothing if expected[0] is Linear else SomeColumns)
+    assert outputs(models[1])[0] is (Nothing if expected[0] is SomeInputs else SomeColumns)
     assert models[2].decoder.head is None
     whole = Model.load(folder, device="cpu")
     matrices = sum(linear.num_parameters for linear in whole.decoder.linears())
