@@ -122,6 +122,12 @@ class Maker:
             return self._empty(len(values), dtype=torch.int32)
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
+    def numbers(self, rows: list[list[float]]) -> Tensor:
+        """A table of given fp64 numbers."""
+        if self.fill == "empty":
+            return self._empty(len(rows), len(rows[0]), dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64, device=self.device)
+
     def heads(self, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as strided views of a merged projection."""
         qkv = self.normal(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)
@@ -368,6 +374,31 @@ def _packing_cases(matrix: Matrix) -> None:
         return (m.integers(k, n // 8, low=-(2**31), high=2**31 - 1),), {}
 
 
+FILTERS = {"temperature": (0, 1.0), "top-p": (0, 0.95), "top-k top-p": (50, 0.95)}
+
+
+def _sample_cases(s: Shape, rows: int) -> None:
+    """The draw with and without filters, and penalties of 1,000 tokens per row."""
+    for name, (top_k, top_p) in FILTERS.items():
+        compiled = s is LLAMA and rows == 16 and name != "top-p"  # what the filters are is not known at compile time
+
+        @case("sample_rows", f"{s.name} R={rows} {name}", compiled=compiled)
+        def _(m: Maker, top_k: int = top_k, top_p: float = top_p) -> Arguments:
+            logits = m.normal(rows, s.vocabulary, dtype=FP32)
+            # As if logits had a standard deviation of 3: the likeliest of 100,000 tokens gets a few percent.
+            table = m.numbers([[4.3, top_k, top_p, 1.0, (row + 0.5) / rows] for row in range(rows)])
+            return (logits, table), {"filtered": top_k > 0 or top_p < 1}
+
+    @case("edit_logits", f"{s.name} R={rows}", compiled=s is LLAMA and rows == 16)
+    def _(m: Maker) -> Arguments:
+        logits, per_row = m.normal(rows, s.vocabulary, dtype=FP32), min(1000, s.vocabulary)
+        places = m.integers(rows * per_row, 2, high=rows)
+        if m.fill == "random":
+            places[:, 1] = torch.arange(per_row, device=m.device).repeat(rows)
+            places[:, 0] = torch.arange(rows, device=m.device).repeat_interleave(per_row)
+        return (logits, logits, places, m.normal(rows * per_row, 3, dtype=FP32)), {}
+
+
 def _register() -> None:
     """Fill `CASES`."""
     for run in starmap(Run, product(SHAPES, TOKENS, HALVES)):
@@ -378,6 +409,8 @@ def _register() -> None:
             _silu_mul_case(run, order=order)
         for interleaved, part in ((False, 1), (True, 1), (False, 2)):
             _rope_case(run, interleaved=interleaved, part=part)
+    for s, rows in product(SHAPES, (1, 16, 64)):
+        _sample_cases(s, rows)
     for s, half, step in product(SHAPES, HALVES, STEPS):
         for window, order in ((None, False), (None, True), (512, False)):
             _attention_case(s, half, step, window=window, order=order)

@@ -1,92 +1,32 @@
-"""From logits to token ids: temperature, then top-k, then top-p, then min-p, then one draw.
+"""From logits to token ids: penalties and bans, temperature, filters, one draw.
 
-Weights instead of probabilities: w_i = round(exp((x_i − max x) / temperature) · 2^44), an int64. Integer sums do not
-depend on the order in which a device adds, so a row draws the same token alone and in any batch. A probability is
-w_i / Σw; a filter sets weights to zero, and what is left renormalises by its own sum. The draw is the inverse CDF, in
-the order of the ids: the first i with w_0 + … + w_i > floor(u · Σw), u uniform in [0, 1).
-
-Limits: V < 2^19, because Σw has to stay below 2^63. Tokens less likely than 2^-45 of the likeliest are never drawn.
+The order is that of `docs/sampling.md`. Temperature, top-k, top-p, min-p and the draw are one op
+(`kernels/sample.py`); rows that ask for anything else are sorted and go through `engine/filters.py`, in torch, on the
+same device. A row's id depends on its logits and its `Row` alone, so a request gets the same tokens in any company.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import operator
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-# The weight of the likeliest token.
-ONE = 1 << 44
+from qinfer.engine import filters
+from qinfer.engine.params import SamplingParams
+from qinfer.engine.penalties import Changes, Edits
+from qinfer.kernels.edit_logits import edit_logits
+from qinfer.kernels.sample import ONE, draw, keep_top_k, keep_top_p, sample_rows, token_weights
 
+__all__ = ["Logprobs", "Row", "SamplerState", "SamplingParams", "UniformStream", "guide", "logprobs", "sample"]
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request chooses its tokens and when it stops.
-
-    Args:
-        temperature: Divides the logits; 0 takes the likeliest token, ties to the lowest id.
-        top_k: Keeps the k likeliest tokens; 0 keeps all.
-        top_p: Keeps the fewest likeliest tokens whose probabilities reach top_p together; 1 keeps all.
-        min_p: Keeps tokens at least min_p times as likely as the likeliest; 0 keeps all.
-        seed: Same request and seed, same tokens, alone or in a batch; None draws a fresh seed.
-        max_new_tokens: Most tokens to generate.
-        stop: A string, or several, that end the text; the text is cut before them.
-        stop_ids: Token ids that end the text besides the model's own; their text is not emitted.
-        ignore_eos: Whether to go on after the model's own end-of-sequence ids.
-
-    Raises:
-        ValueError: If a value is outside its range.
-        TypeError: If a value has the wrong type.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_new_tokens: int = 256
-    stop: str | Sequence[str] = ()
-    stop_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        """Check every field; lists become tuples."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
-        for field, value in (("top_k", self.top_k), ("max_new_tokens", self.max_new_tokens), ("seed", self.seed or 0)):
-            _integers(field, (value,))
-        if not all(isinstance(text, str) for text in stop):
-            raise TypeError(f"stop must be a string or a list of strings, got {self.stop!r}")
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
-        _require("top_k", self.top_k, self.top_k >= 0, "at least 0, where 0 keeps all tokens")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1, where 1 keeps all tokens")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1, where 0 keeps all tokens")
-        _require("seed", self.seed, self.seed is None or 0 <= self.seed < 1 << 64, "None or in 0..2**64 - 1")
-        _require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
-        _require("stop", self.stop, "" not in stop, "made of strings that are not empty")
-        _require("stop_ids", self.stop_ids, all(i >= 0 for i in self.stop_ids), "made of ids that are at least 0")
-
-
-def _integers(field: str, values: Iterable[object]) -> tuple[int, ...]:
-    """Return the values as ints, or raise a TypeError that names the field."""
-    values = tuple(values)
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{field} must hold integers, got {value!r}")
-    return tuple(operator.index(value) for value in values)  # type: ignore[arg-type]
-
-
-def _require(field: str, value: object, legal: bool, rule: str) -> None:
-    """Raise a ValueError that names the field and what is legal."""
-    if not legal:
-        raise ValueError(f"{field} must be {rule}, got {value!r}")
+_LOG2_E = math.log2(math.e)
 
 
 class UniformStream:
@@ -103,69 +43,62 @@ class UniformStream:
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+class Mirostat:
+    """Mirostat's bound on the surprise of a token, in bits, before each step of one request.
+
+    It follows from the tokens that were drawn, so it lives where they are drawn: on the device, without a transfer.
+    """
+
+    def __init__(self, tau: float) -> None:
+        """Begin with twice the surprise that is aimed at."""
+        self._bounds: list[float | Tensor] = [2 * tau]
+
+    def bound(self, step: int, device: torch.device) -> Tensor:
+        """Return the bound of a step, [] fp64."""
+        return torch.as_tensor(self._bounds[step], dtype=torch.float64, device=device)
+
+    def set_next(self, step: int, bound: Tensor) -> None:
+        """Keep the bound of the step after `step`; what was kept for later steps is gone."""
+        self._bounds[step + 1 :] = [bound]
+
+
 class Row(NamedTuple):
-    """What one row of logits is sampled with: the request's parameters and its uniform number of this step."""
+    """What one row of logits is sampled with."""
 
     params: SamplingParams
-    uniform: float
+    uniform: float  # the random number of this step
+    edits: Edits | None = None
+    mask: Tensor | None = None  # [V] bool on the device of the logits, True where a token may be drawn
+    mirostat: tuple[Mirostat, int] | None = None  # with the number of the step
 
 
-def keep_top_k(weights: Tensor, top_k: Tensor) -> Tensor:
-    """Keep the first top_k weights of each row.
+class SamplerState:
+    """What sampling remembers of one request: its random numbers, the ids that penalties look at, mirostat's bound."""
 
-    Args:
-        weights: [R, V] int64, descending.
-        top_k: [R, 1]; 0 keeps all.
+    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin after the prompt."""
+        self.params = params
+        self.uniforms = UniformStream(params.seed)
+        self._changes = Changes(params, prompt)
+        self._mirostat = Mirostat(params.mirostat_tau) if params.mirostat_tau and params.temperature else None
 
-    Returns:
-        [R, V] int64, the others zero.
-    """
-    position = torch.arange(weights.shape[-1], device=weights.device)
-    return torch.where((position < top_k) | (top_k == 0), weights, 0)
+    def row(self, generated: Sequence[int], *, banned: Sequence[int] = (), mask: Tensor | None = None) -> Row:
+        """Return what the next token is sampled with.
 
+        Args:
+            generated: The ids after the prompt. It may only have grown since the last call, `rewind` aside. Where
+                `params.uses_history` is False, only its length matters.
+            banned: Ids that may not be drawn in this step.
+            mask: [V] bool on the device of the logits, True where a token may be drawn in this step; None allows all.
+        """
+        step = len(generated)
+        uniform = self.uniforms.at(step) if self.params.temperature else 0.0
+        mirostat = None if self._mirostat is None else (self._mirostat, step)
+        return Row(self.params, uniform, self._changes.at(generated, banned), mask, mirostat)
 
-def keep_top_p(weights: Tensor, top_p: Tensor) -> Tensor:
-    """Keep the shortest prefix of each row whose share of the row's sum reaches top_p.
-
-    Args:
-        weights: [R, V] int64, descending.
-        top_p: [R, 1] fp64; 1 keeps all.
-
-    Returns:
-        [R, V] int64, the others zero.
-    """
-    reached = weights.cumsum(-1)
-    before = (reached - weights).double()
-    return torch.where((before < top_p * reached[:, -1:].double()) | (top_p >= 1), weights, 0)
-
-
-def keep_min_p(weights: Tensor, min_p: Tensor) -> Tensor:
-    """Keep the weights of at least min_p times the largest of their row; the order does not matter.
-
-    Args:
-        weights: [R, V] int64.
-        min_p: [R, 1] fp64; 0 keeps all.
-
-    Returns:
-        [R, V] int64, the others zero.
-    """
-    return torch.where(weights.double() >= min_p * weights.amax(-1, keepdim=True).double(), weights, 0)
-
-
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return the first index whose cumulative weight exceeds floor(uniform · sum).
-
-    Args:
-        weights: [R, V] int64, in any order; each row has a positive sum.
-        uniform: [R, 1] fp64, at most 1 - 2^-53.
-
-    Returns:
-        [R] int64; an index of zero weight is never drawn.
-    """
-    reached = weights.cumsum(-1)
-    # A uniform of at most 1 - 2^-53 keeps the product below the sum, rounded as it is.
-    target = (uniform * reached[:, -1:].double()).long()
-    return torch.searchsorted(reached, target, right=True).squeeze(-1)
+    def rewind(self, num_generated: int) -> None:
+        """Forget all generated ids after the first `num_generated`."""
+        self._changes.rewind(num_generated)
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -173,32 +106,245 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
     A row with NaN, with +inf or without any finite logit gets the id -1 and leaves the other rows alone; -inf is a
     token that cannot be drawn. Everything stays on the device of the logits, flags included, so that reading the
-    result is the only transfer of a step.
+    result is the only transfer back in a step.
 
     Args:
-        logits: [R, V] fp32.
+        logits: [R, V] fp32; not changed.
         rows: R parameters and uniform numbers.
 
     Returns:
-        [R] int64 ids, -1 where the logits are not finite.
+        [R] int64 ids, -1 where the logits are not finite or no token may be drawn.
     """
     if logits.ndim != 2 or logits.shape[0] != len(rows):
         raise ValueError(f"logits must be [{len(rows)}, V], one row per request, got {list(logits.shape)}")
-    peak, best = logits.max(dim=-1, keepdim=True)
-    finite = torch.isfinite(peak)
+    logits = _edited(logits, rows)
     if all(row.params.temperature == 0 for row in rows):
-        return torch.where(finite, best, -1).squeeze(-1)
-    table = [(r.params.temperature, r.params.top_k, r.params.top_p, r.params.min_p, r.uniform) for r in rows]
-    columns = torch.tensor(table, dtype=torch.float64).to(logits.device, non_blocking=True)
-    temperature, top_k, top_p, min_p, uniform = columns[:, :, None].unbind(1)
-    greedy = temperature == 0
-    # A row that is not finite gets weights without meaning here, and its id is replaced at the end.
-    below = (logits - peak).double() / torch.where(greedy, 1, temperature)
-    weights = (below.exp() * ONE).round().long()
-    # Sorting is the dear part, and only these two filters look at the order.
-    if any(row.params.top_k or row.params.top_p < 1 for row in rows):
-        order = logits.sort(dim=-1, descending=True, stable=True).indices
-        kept = keep_top_p(keep_top_k(weights.gather(-1, order), top_k), top_p)
-        weights = torch.zeros_like(weights).scatter_(-1, order, kept)
-    drawn = draw(keep_min_p(weights, min_p), uniform)
-    return torch.where(finite, torch.where(greedy, best, drawn[:, None]), -1).squeeze(-1)
+        peak, best = logits.max(dim=-1)
+        return torch.where(torch.isfinite(peak), best, -1)
+    plain = [i for i, row in enumerate(rows) if row.params.is_plain]
+    if len(plain) == len(rows):
+        return _sample_plain(logits, rows)
+    if not plain:
+        return _sample_sorted(logits, rows)
+    special = [i for i, row in enumerate(rows) if not row.params.is_plain]
+    ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for part, body in ((plain, _sample_plain), (special, _sample_sorted)):
+        (index,) = _to_device(logits.device, np.array(part))
+        ids[index] = body(logits[index], [rows[i] for i in part])
+    return ids
+
+
+class Logprobs(NamedTuple):
+    """Natural logarithms of probabilities, on the device."""
+
+    chosen: Tensor  # [R] fp32
+    top_ids: Tensor  # [R, n] int64, likeliest first, ties to the lower id
+    top: Tensor  # [R, n] fp32
+
+
+def logprobs(logits: Tensor, ids: Tensor, top_n: int) -> Logprobs:
+    """Return log softmax(logits) of chosen tokens and of the likeliest ones: what the model says, before any option.
+
+    Args:
+        logits: [R, V] fp32.
+        ids: [R] int64; -1 gives NaN.
+        top_n: How many of the likeliest tokens, 0 to V.
+
+    Returns:
+        Logprobs of R rows.
+    """
+    vocabulary = logits.shape[-1]
+    if ids.shape != logits.shape[:1] or not 0 <= top_n <= vocabulary:
+        asked = f"ids {list(ids.shape)} and top_n={top_n}"
+        raise ValueError(f"logits {list(logits.shape)} need ids [R] and top_n between 0 and V, got {asked}")
+    peak = logits.amax(-1, keepdim=True)
+    below = (logits - peak).double()
+    logs = below - below.exp().sum(-1, keepdim=True).log()
+    chosen = logs.gather(-1, ids.clamp(min=0)[:, None]).squeeze(-1)
+    # Integers in the order wanted, all different: larger logit first, then lower id.
+    bits = (logits + 0.0).contiguous().view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * (1 << 20)
+    top_ids = (keys - torch.arange(vocabulary, device=logits.device)).topk(top_n, dim=-1).indices
+    return Logprobs(torch.where(ids < 0, math.nan, chosen).float(), top_ids, logs.gather(-1, top_ids).float())
+
+
+def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Return scale * log softmax(positive) + (1 - scale) * log softmax(negative): classifier-free guidance.
+
+    Args:
+        positive: [R, V] fp32, logits after the prompt that is wanted.
+        negative: [R, V] fp32, logits after the prompt that is not.
+        scale: 1 gives the positive distribution, more than 1 moves away from the negative one.
+
+    Returns:
+        [R, V] fp32; -inf where either gives a token no chance.
+    """
+    if positive.shape != negative.shape:
+        raise ValueError(f"negative must be {list(positive.shape)} as positive is, got {list(negative.shape)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    first, second = positive.log_softmax(-1), negative.log_softmax(-1)
+    mixed = scale * first + (1 - scale) * second
+    return torch.where((first == -math.inf) | (second == -math.inf), -math.inf, mixed)
+
+
+def _sample_plain(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Draw by temperature, top-k, top-p and min-p: one op."""
+    table = np.array([_plain_numbers(row.params, row.uniform) for row in rows])
+    (columns,) = _to_device(logits.device, table)
+    return sample_rows(logits, columns, filtered=bool((table[:, 1] > 0).any() or (table[:, 2] < 1).any()))
+
+
+def _plain_numbers(params: SamplingParams, uniform: float) -> tuple[float, ...]:
+    """Return a row of `sample_rows`' table."""
+    if params.temperature == 0:
+        return 0.0, 0.0, 1.0, 1.0, 0.0
+    return _rate(params.temperature), params.top_k, params.top_p, max(1, math.ceil(params.min_p * ONE)), uniform
+
+
+def _rate(temperature: float) -> float:
+    """Return how many factors of two a logit is worth; below the largest double, so that 0 times it is 0."""
+    return _LOG2_E / max(temperature, 1e-300)
+
+
+def _sample_sorted(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Draw with every option that a row may have; uniform numbers walk tokens from the likeliest."""
+    params = [row.params for row in rows]
+    late = [p.temperature_last or p.max_temperature > 0 for p in params]
+    numbers = [
+        (1.0 if is_late else p.temperature, filters.skewed(row.uniform, p.skew), p.smoothing_factor, p.mirostat_eta)
+        for row, p, is_late in zip(rows, params, late, strict=True)
+    ]
+    (table,) = _to_device(logits.device, np.array(numbers))
+    temperature, uniform, smoothing, eta = table[:, :, None].unbind(1)
+    ordered = (logits + 0.0).sort(dim=-1, descending=True, stable=True)
+    below = (ordered.values[:, :1] - ordered.values).double()
+    # inf * 0 is NaN, and rows that are not finite are replaced at the end.
+    below = torch.where(smoothing > 0, below * below * smoothing, below)
+    weights = _filtered(token_weights(below, _LOG2_E / temperature.clamp(min=1e-300)), params)
+    bounds = _mirostat_bounds(rows, logits.device)
+    if bounds is not None:
+        weights = filters.keep_surprise(weights, bounds)
+    if any(late):
+        weights = _retempered(weights, below, params)
+    weights = _excluded(weights, ordered.indices, params)
+    place = draw(weights, uniform)[:, None]
+    if bounds is not None:
+        _follow_surprise(rows, bounds, eta, filters.surprises(weights)[0].gather(-1, place))
+    finite = torch.isfinite(logits.amax(-1, keepdim=True))
+    ids = ordered.indices.gather(-1, place.clamp(max=logits.shape[-1] - 1))
+    # A greedy row is plain, and never comes here.
+    return torch.where(finite, ids, -1).squeeze(-1)
+
+
+def _filtered(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Apply the filters that any row has, in their order; the others of its neighbours change nothing for a row."""
+    stages = (
+        (keep_top_k, "top_k", 0),
+        (keep_top_p, "top_p", 1),
+        (filters.keep_top_a, "top_a", 0),
+        (filters.keep_min_p, "min_p", 0),
+        (filters.keep_tail_free, "tfs", 1),
+        (filters.keep_typical, "typical", 1),
+    )
+    for keep, field, off in stages:
+        values = [getattr(p, field) for p in params]
+        if any(value != off for value in values):
+            (column,) = _to_device(weights.device, np.array(values, np.float64))
+            weights = keep(weights, column[:, None])
+    return weights
+
+
+def _retempered(weights: Tensor, below: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Weigh what is left by the temperature of rows whose temperature comes last or follows the entropy."""
+    numbers = [(p.temperature_last, p.temperature, p.min_temperature, p.max_temperature, p.temperature_exponent)
+               for p in params]  # fmt: skip
+    (table,) = _to_device(weights.device, np.array(numbers, np.float64))
+    last, fixed, low, high, exponent = table[:, :, None].unbind(1)
+    moving = filters.entropy_temperature(weights, low, high, exponent)
+    temperature = torch.where(high > 0, moving, fixed).clamp(min=1e-300)
+    kept = weights > 0
+    nearest = torch.where(kept, below, math.inf).amin(-1, keepdim=True)
+    changed = torch.where(kept, token_weights((below - nearest).clamp(min=0), _LOG2_E / temperature), 0)
+    return torch.where((last > 0) | (high > 0), changed, weights)
+
+
+def _excluded(weights: Tensor, ids: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Apply XTC if any row wants it."""
+    if all(p.xtc_probability == 0 for p in params):
+        return weights
+    pairs = [(i, token) for i, p in enumerate(params) for token in p.xtc_protected]
+    numbers = np.array([(p.xtc_probability, p.xtc_threshold) for p in params])
+    table, places = _to_device(weights.device, numbers, np.array(pairs, np.int64).reshape(-1, 2))
+    protected = None
+    if pairs:
+        protected = torch.zeros_like(weights, dtype=torch.bool)
+        protected[places[:, 0], places[:, 1]] = True
+        protected = protected.gather(-1, ids)
+    probability, threshold = table[:, :, None].unbind(1)
+    return filters.exclude_top_choices(weights, probability, threshold, protected)
+
+
+def _mirostat_bounds(rows: Sequence[Row], device: torch.device) -> Tensor | None:
+    """Return [R, 1] fp64, inf for rows without mirostat, or None when no row has it."""
+    if all(row.mirostat is None for row in rows):
+        return None
+    free = torch.full((), math.inf, dtype=torch.float64, device=device)
+    bounds = [free if row.mirostat is None else row.mirostat[0].bound(row.mirostat[1], device) for row in rows]
+    return torch.stack(bounds)[:, None]
+
+
+def _follow_surprise(rows: Sequence[Row], bounds: Tensor, eta: Tensor, surprise: Tensor) -> None:
+    """Move the bounds of rows with mirostat towards the surprise that they aim at."""
+    for i, row in enumerate(rows):
+        if row.mirostat is not None:
+            state, step = row.mirostat
+            state.set_next(step, bounds[i, 0] + eta[i, 0] * (row.params.mirostat_tau - surprise[i, 0]))
+
+
+def _edited(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Return the logits with every row's changes and mask; the given ones when there are none."""
+    edits = [(i, row.edits) for i, row in enumerate(rows) if row.edits is not None]
+    masks = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+    if not edits and not masks:
+        return logits
+    out = logits.clone()
+    if edits:
+        lengths = [len(edit.ids) for _, edit in edits]
+        ids = np.concatenate([edit.ids for _, edit in edits])
+        # On a GPU nobody else looks: a wrong id would write into another row.
+        if len(ids) and not 0 <= ids.min() <= ids.max() < logits.shape[1]:
+            raise ValueError(f"ids must be below {logits.shape[1]}, the vocabulary, got {ids.min()} to {ids.max()}")
+        places = np.stack([np.repeat([i for i, _ in edits], lengths), ids], axis=1).astype(np.int32)
+        columns = [np.concatenate([edit[column] for _, edit in edits]) for column in (1, 2, 3)]
+        changes = np.stack(columns, axis=1).astype(np.float32)
+        closed = np.array([row.edits is not None and row.edits.exclusive for row in rows])
+        flags, *changed = _to_device(logits.device, closed, places, changes)
+        if closed.any():
+            out.masked_fill_(flags[:, None], -math.inf)
+        edit_logits(logits, out, *changed)
+    for i, mask in masks:
+        out[i].masked_fill_(~mask, -math.inf)
+    return out
+
+
+def _to_device(device: torch.device, *arrays: NDArray[np.generic]) -> list[Tensor]:
+    """Bring arrays to a device in one copy."""
+    starts = np.cumsum([0, *(-(-array.nbytes // 8) * 8 for array in arrays)]).tolist()
+    buffer = np.zeros(starts[-1], np.uint8)
+    for start, array in zip(starts, arrays, strict=False):
+        buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    moved = torch.from_numpy(buffer).to(device, non_blocking=True)
+    return [
+        moved[start : start + array.nbytes].view(_TORCH_DTYPES[array.dtype.name]).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]
+
+
+_TORCH_DTYPES = {
+    "bool": torch.bool,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}

@@ -9,17 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qinfer.engine.sampling import (
-    ONE,
-    Row,
-    SamplingParams,
-    UniformStream,
-    draw,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    sample,
-)
+from qinfer.engine.filters import keep_min_p
+from qinfer.engine.sampling import Row, SamplingParams, UniformStream, sample
+from qinfer.kernels.sample import ONE, draw, keep_top_k, keep_top_p
 
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 NAN, INF = math.nan, math.inf

@@ -1,0 +1,405 @@
+"""One token per row of logits: temperature, then top-k, then top-p, then min-p, then one draw; nothing is sorted.
+
+Weights instead of probabilities: w_i = round(2^44 · 2^-t_i) with t_i = (max x - x_i) · log2(e) / temperature, int64.
+Integer sums do not depend on the order in which a device adds, so a row draws the same token alone and in any batch.
+Every step up to the weight is an addition or a product of fp64 rounded by itself (kernels are compiled without fused
+multiply-adds), so kernel and reference agree bit for bit.
+
+Order of tokens: larger logit first, then lower id; only tokens with w > 0 count. Top-k keeps the first k, top-p the
+fewest first tokens whose weights reach ceil(p · sum), min-p those with w >= ceil(min_p · 2^44). The draw is the inverse
+CDF in the order of the ids: the first i with w_0 + … + w_i > floor(u · sum), u uniform in [0, 1).
+
+A row is cut into chunks. Kernel 1 finds their largest logits; kernel 2 sums their weights and puts every token into one
+of 2,048 buckets by t, each with a count and a sum of weights; kernel 3 lists the tokens of the few buckets in which the
+cut of top-k or top-p can lie; kernel 4, one program per row, finds the cut exactly by bisection over that list, sums
+the chunks of what is left and draws. Atomics add integers only.
+
+Limits: V < 2^19, because sums of weights have to stay below 2^63. Tokens less likely than 2^-45 of the likeliest are
+never drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qinfer.kernels.checks import check_device, check_rows, check_shape
+from qinfer.kernels.device import op
+
+ONE = 1 << 44  # the weight of the likeliest token
+MAX_VOCABULARY = (1 << 19) - 1
+COLUMNS = ("rate", "top_k", "top_p", "floor", "uniform")
+
+# 2^-(y + 1/2) for y in [-1/2, 1/2], highest power first: interpolated at Chebyshev nodes, relative error 4e-16.
+_POWERS = (
+    5.0010734852529635e-09, -7.218634138133848e-08, 9.344729070300923e-07, -1.0785257379802239e-05,
+    0.00010891940829564976, -0.0009428249441895355, 0.006801044314316548, -0.03924733162034599,
+    0.16986579209153765, -0.4901290717342769, 0.7071067811865476,
+)  # fmt: skip
+
+CHUNK = 4096
+NUM_BUCKETS = 2048
+NUM_COLUMNS = tl.constexpr(len(COLUMNS))
+PER_HALVING = tl.constexpr(44.0)  # buckets for a factor of two; 45 factors of two are all that have a weight
+ID_BITS = tl.constexpr(19)
+LAST_ID = tl.constexpr((1 << 19) - 1)
+LOWEST_KEY = tl.constexpr(-(1 << 31))
+RANK_BITS = tl.constexpr(32 + 19)
+TOP_RANK_BIT = tl.constexpr(1 << 50)
+P0, P1, P2, P3, P4, P5, P6, P7, P8, P9, P10 = (tl.constexpr(power) for power in _POWERS)
+
+
+def token_weights(below: Tensor, rate: Tensor) -> Tensor:
+    """Return round(2^44 · 2^-(below · rate)).
+
+    Args:
+        below: [R, V] fp64, how far each logit is below the largest of its row; at least 0.
+        rate: [R, 1] fp64, log2(e) / temperature.
+
+    Returns:
+        [R, V] int64 in 0..2^44; what NaN gives has no meaning.
+    """
+    t = (below * rate).clamp(max=64.0)
+    whole = t.floor()
+    y = t - whole - 0.5
+    value = torch.full_like(y, _POWERS[0])
+    for power in _POWERS[1:]:
+        value.mul_(y).add_(power)
+    scale = ((1067 - whole.long()) << 52).view(torch.float64)
+    return value.mul_(scale).add_(0.5).floor_().long()
+
+
+def keep_top_k(weights: Tensor, top_k: Tensor) -> Tensor:
+    """Keep the first top_k weights of each row that are not zero.
+
+    Args:
+        weights: [R, V] int64, likeliest first.
+        top_k: [R, 1]; 0 keeps all.
+
+    Returns:
+        [R, V] int64, the others zero.
+    """
+    return torch.where(((weights > 0).cumsum(-1) <= top_k) | (top_k == 0), weights, 0)
+
+
+def keep_top_p(weights: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the shortest prefix of each row whose share of the row's sum reaches top_p.
+
+    Args:
+        weights: [R, V] int64, likeliest first.
+        top_p: [R, 1] fp64; 1 keeps all.
+
+    Returns:
+        [R, V] int64, the others zero.
+    """
+    reached = weights.cumsum(-1)
+    needed = (top_p * reached[:, -1:].double()).ceil().long()
+    return torch.where((reached - weights < needed) | (top_p >= 1), weights, 0)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return the first index whose cumulative weight exceeds floor(uniform · sum).
+
+    Args:
+        weights: [R, V] int64, in any order; each row has a positive sum.
+        uniform: [R, 1] fp64, at most 1 - 2^-53.
+
+    Returns:
+        [R] int64; an index of zero weight is never drawn.
+    """
+    reached = weights.cumsum(-1)
+    # A uniform of at most 1 - 2^-53 keeps the product below the sum, rounded as it is.
+    target = (uniform * reached[:, -1:].double()).long()
+    return torch.searchsorted(reached, target, right=True).squeeze(-1)
+
+
+def sample_rows_reference(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
+    """Compute `sample_rows` in plain torch."""
+    peak, best = logits.max(dim=-1, keepdim=True)
+    finite = torch.isfinite(peak)
+    rate, top_k, top_p, floor, uniform = table[:, :, None].unbind(1)
+    # A row that is not finite gets weights without meaning here, and its id is replaced at the end.
+    weights = token_weights((logits - peak).neg_().double(), rate)
+    if filtered:
+        # Zero added makes one zero of two, so that equal logits are ties.
+        order = (logits + 0.0).sort(dim=-1, descending=True, stable=True).indices
+        kept = keep_top_p(keep_top_k(weights.gather(-1, order), top_k), top_p)
+        weights = torch.zeros_like(weights).scatter_(-1, order, kept)
+    drawn = draw(torch.where(weights.double() >= floor, weights, 0), uniform)
+    return torch.where(finite, torch.where(rate == 0, best, drawn[:, None]), -1).squeeze(-1)
+
+
+@triton.jit
+def _weights(b_x, b_peak, b_rate):
+    # `token_weights`: the same operations in the same order.
+    b_t = tl.minimum((b_peak - b_x).to(tl.float64) * b_rate, 64.0)
+    b_whole = tl.floor(b_t)
+    b_y = b_t - b_whole - 0.5
+    b_value = b_y * P0 + P1
+    b_value = b_value * b_y + P2
+    b_value = b_value * b_y + P3
+    b_value = b_value * b_y + P4
+    b_value = b_value * b_y + P5
+    b_value = b_value * b_y + P6
+    b_value = b_value * b_y + P7
+    b_value = b_value * b_y + P8
+    b_value = b_value * b_y + P9
+    b_value = b_value * b_y + P10
+    b_scale = ((1067 - b_whole.to(tl.int64)) << 52).to(tl.float64, bitcast=True)
+    b_bucket = (tl.minimum(b_t, 46.0) * PER_HALVING).to(tl.int32)
+    return tl.floor(b_value * b_scale + 0.5).to(tl.int64), b_bucket
+
+
+@triton.jit
+def _rank(b_x, o_v):
+    # Integers in the order of the tokens: larger logit first, then lower id. The sign of a zero does not count.
+    b_bits = tl.where(b_x == 0.0, 0.0, b_x).to(tl.int32, bitcast=True)
+    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    return ((b_key.to(tl.int64) - LOWEST_KEY) << ID_BITS) + (LAST_ID - o_v)
+
+
+@triton.jit
+def _is_active(b_peak, b_rate):
+    return (b_peak > float("-inf")) & (b_peak < float("inf")) & (b_rate > 0.0)
+
+
+@triton.jit
+def _buckets(p_histogram, b_top_k, b_top_p, BUCKETS: tl.constexpr):
+    # The buckets lo..hi hold every token at which top-k or top-p can cut; what lies before lo is kept.
+    o_b = tl.arange(0, BUCKETS)
+    b_counts = tl.load(p_histogram + o_b)
+    b_sums = tl.load(p_histogram + BUCKETS + o_b)
+    b_count = tl.cumsum(b_counts, 0)
+    b_sum = tl.cumsum(b_sums, 0)
+    i_hi = tl.where(b_top_k > 0, tl.minimum(tl.sum((b_count < b_top_k).to(tl.int32), 0), BUCKETS - 1), BUCKETS - 1)
+    # Top-k keeps at least what lies before the bucket of its cut.
+    b_before = tl.sum(tl.where(o_b < i_hi, b_sums, 0), 0)
+    b_least = tl.where(b_top_k > 0, b_before, tl.sum(b_sums, 0))
+    b_needed = tl.maximum(tl.ceil(b_top_p * b_least.to(tl.float64)).to(tl.int64), 1)
+    i_lo = tl.where(b_top_p < 1.0, tl.minimum(tl.sum((b_sum < b_needed).to(tl.int32), 0), i_hi), i_hi)
+    i_hi = tl.where(b_top_k > 0, i_hi, i_lo)
+    b_count_above = tl.sum(tl.where(o_b < i_lo, b_counts, 0), 0)
+    b_sum_above = tl.sum(tl.where(o_b < i_lo, b_sums, 0), 0)
+    return i_lo, i_hi, b_count_above, b_sum_above, tl.sum(b_sums, 0)
+
+
+@triton.jit
+def _candidates(p_logits, p_list, o_n, b_num, b_peak, b_rate):
+    # Ranks and weights of listed tokens; rank -1 behind the end of the list.
+    m_n = o_n < b_num
+    o_v = tl.load(p_list + o_n, mask=m_n, other=0)
+    b_x = tl.load(p_logits + o_v, mask=m_n, other=float("-inf"))
+    b_w, _ = _weights(b_x, b_peak, b_rate)
+    return tl.where(m_n, _rank(b_x, o_v), -1), b_w
+
+
+@triton.jit
+def _mass(
+    p_logits, p_list, b_num, b_peak, b_rate, b_cut, WEIGHTED: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr
+):
+    # Count or weight of the tokens of a list, from its place START on, whose rank is at least b_cut.
+    b_mass = tl.sum(tl.zeros([BLOCK], tl.int64), 0)
+    for o_start in range(START, b_num, BLOCK):
+        b_rank, b_w = _candidates(p_logits, p_list, o_start + tl.arange(0, BLOCK), b_num, b_peak, b_rate)
+        b_mass += tl.sum(tl.where(b_rank >= b_cut, b_w if WEIGHTED else 1, 0).to(tl.int64), 0)
+    return b_mass
+
+
+@triton.jit
+def _find_cut(p_logits, p_list, b_num, b_peak, b_rate, b_needed, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    # The largest rank such that the tokens from it on have at least the count or weight that is needed, bit by bit.
+    # 0 when all together have less. Nearly always the first block, which stays in registers, is the whole list.
+    b_rank, b_w = _candidates(p_logits, p_list, tl.arange(0, BLOCK), b_num, b_peak, b_rate)
+    b_w = b_w if WEIGHTED else tl.full([BLOCK], 1, tl.int64)
+    b_cut = b_needed * 0
+    b_bit = b_cut + TOP_RANK_BIT
+    for _ in range(RANK_BITS):
+        b_trial = b_cut + b_bit
+        b_mass = tl.sum(tl.where(b_rank >= b_trial, b_w, 0), 0)
+        b_mass += _mass(p_logits, p_list, b_num, b_peak, b_rate, b_trial, WEIGHTED, BLOCK, BLOCK)
+        b_cut = tl.where(b_mass >= b_needed, b_trial, b_cut)
+        b_bit = b_bit >> 1
+    return b_cut
+
+
+@triton.jit
+def _sample_peaks_kernel(
+    p_logits, p_peaks, p_bests, p_histogram, V, stride_row, num_chunks, CHUNK: tl.constexpr, BUCKETS: tl.constexpr
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    i_chunk = tl.program_id(1)
+    o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_x = tl.load(p_logits + i_row * stride_row + o_v, mask=o_v < V, other=float("-inf"))
+    b_has_nan = tl.max((b_x != b_x).to(tl.int32), 0) > 0
+    b_x = tl.where(b_x == b_x, b_x, float("-inf"))
+    b_peak = tl.max(b_x, 0)
+    b_best = tl.min(tl.where((b_x == b_peak) & (o_v < V), o_v, V), 0)
+    # Infinity stands for NaN as well: both spoil the row.
+    tl.store(p_peaks + i_row * num_chunks + i_chunk, tl.where(b_has_nan, float("inf"), b_peak))
+    tl.store(p_bests + i_row * num_chunks + i_chunk, b_best)
+    if i_chunk == 0:
+        o_b = tl.arange(0, BUCKETS)
+        p_row = p_histogram + i_row * (2 * BUCKETS + 1)
+        b_zero = tl.zeros([BUCKETS], tl.int64)
+        tl.store(p_row + o_b, b_zero)
+        tl.store(p_row + BUCKETS + o_b, b_zero)
+        tl.store(p_row + 2 * BUCKETS, tl.sum(b_zero, 0))
+
+
+@triton.jit
+def _sample_histogram_kernel(
+    p_logits, p_table, p_peaks, p_histogram, p_sums, V, stride_row, num_chunks,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    i_chunk = tl.program_id(1)
+    o_c = tl.arange(0, BLOCK_C)
+    b_peak = tl.max(tl.load(p_peaks + i_row * num_chunks + o_c, mask=o_c < num_chunks, other=float("-inf")), 0)
+    p_row = p_table + i_row * NUM_COLUMNS
+    b_rate, b_top_k, b_top_p, b_floor = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2), tl.load(p_row + 3)
+    b_active = _is_active(b_peak, b_rate)
+    o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_x = tl.load(p_logits + i_row * stride_row + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
+    b_w, b_bucket = _weights(b_x, tl.where(b_active, b_peak, 0.0), b_rate)
+    b_kept = tl.where((b_w.to(tl.float64) >= b_floor) & (o_v < V), b_w, 0)
+    tl.store(p_sums + i_row * num_chunks + i_chunk, tl.sum(b_kept, 0))
+    if b_active & ((b_top_k > 0.0) | (b_top_p < 1.0)):
+        p_row_histogram = p_histogram + i_row * (2 * BUCKETS + 1)
+        m_w = (b_w > 0) & (o_v < V)
+        b_one = tl.full([CHUNK], 1, tl.int64)
+        tl.atomic_add(p_row_histogram + b_bucket, b_one, mask=m_w, sem="relaxed")
+        tl.atomic_add(p_row_histogram + BUCKETS + b_bucket, b_w, mask=m_w, sem="relaxed")
+
+
+@triton.jit
+def _sample_candidates_kernel(
+    p_logits, p_table, p_peaks, p_histogram, p_lists, V, stride_row, num_chunks,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    i_chunk = tl.program_id(1)
+    o_c = tl.arange(0, BLOCK_C)
+    b_peak = tl.max(tl.load(p_peaks + i_row * num_chunks + o_c, mask=o_c < num_chunks, other=float("-inf")), 0)
+    p_row = p_table + i_row * NUM_COLUMNS
+    b_rate, b_top_k, b_top_p = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
+    if _is_active(b_peak, b_rate) & ((b_top_k > 0.0) | (b_top_p < 1.0)):
+        p_row_histogram = p_histogram + i_row * (2 * BUCKETS + 1)
+        i_lo, i_hi, _, _, _ = _buckets(p_row_histogram, b_top_k.to(tl.int64), b_top_p, BUCKETS)
+        o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
+        b_x = tl.load(p_logits + i_row * stride_row + o_v, mask=o_v < V, other=float("-inf"))
+        b_w, b_bucket = _weights(b_x, b_peak, b_rate)
+        m_listed = (b_w > 0) & (o_v < V) & (b_bucket >= i_lo) & (b_bucket <= i_hi)
+        b_listed = m_listed.to(tl.int64)
+        # In which order chunks take their places does not matter: the list is a set.
+        b_place = tl.atomic_add(p_row_histogram + 2 * BUCKETS, tl.sum(b_listed, 0), sem="relaxed")
+        tl.store(p_lists + i_row * V + b_place + tl.cumsum(b_listed, 0) - 1, o_v, mask=m_listed)
+
+
+@triton.jit
+def _sample_draw_kernel(
+    p_logits, p_table, p_peaks, p_bests, p_histogram, p_lists, p_sums, p_ids, V, stride_row, num_chunks,
+    FILTERED: tl.constexpr, CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, BLOCK_C)
+    b_peaks = tl.load(p_peaks + i_row * num_chunks + o_c, mask=o_c < num_chunks, other=float("-inf"))
+    b_bests = tl.load(p_bests + i_row * num_chunks + o_c, mask=o_c < num_chunks, other=V)
+    b_peak = tl.max(b_peaks, 0)
+    b_best = tl.min(tl.where(b_peaks == b_peak, b_bests, V), 0)
+    p_row = p_table + i_row * NUM_COLUMNS
+    b_rate, b_top_k, b_top_p = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
+    b_floor, b_uniform = tl.load(p_row + 3), tl.load(p_row + 4)
+    p_row_logits = p_logits + i_row * stride_row
+    b_active = _is_active(b_peak, b_rate)
+    b_sums = tl.load(p_sums + i_row * num_chunks + o_c, mask=o_c < num_chunks, other=0)
+    b_cut = tl.sum(b_sums * 0, 0)
+    if FILTERED:  # noqa: SIM102 - a constant cannot be joined with a number of the device
+        if b_active & ((b_top_k > 0.0) | (b_top_p < 1.0)):
+            p_row_histogram = p_histogram + i_row * (2 * BUCKETS + 1)
+            p_list = p_lists + i_row * V
+            _lo, _hi, b_count, b_sum, b_total = _buckets(p_row_histogram, b_top_k.to(tl.int64), b_top_p, BUCKETS)
+            b_num = tl.load(p_row_histogram + 2 * BUCKETS).to(tl.int32)
+            if b_top_k > 0.0:
+                b_needed = b_top_k.to(tl.int64) - b_count
+                b_cut = _find_cut(p_row_logits, p_list, b_num, b_peak, b_rate, b_needed, False, BLOCK)
+                b_total = b_sum + _mass(p_row_logits, p_list, b_num, b_peak, b_rate, b_cut, True, 0, BLOCK)
+            if b_top_p < 1.0:
+                b_needed = tl.ceil(b_top_p * b_total.to(tl.float64)).to(tl.int64) - b_sum
+                b_cut = _find_cut(p_row_logits, p_list, b_num, b_peak, b_rate, b_needed, True, BLOCK)
+            for i_chunk in range(num_chunks):
+                o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
+                b_x = tl.load(p_row_logits + o_v, mask=o_v < V, other=float("-inf"))
+                b_w, _ = _weights(b_x, b_peak, b_rate)
+                m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
+                b_sums = tl.where(o_c == i_chunk, tl.sum(tl.where(m_kept, b_w, 0), 0), b_sums)
+    b_reached = tl.cumsum(b_sums, 0)
+    b_target = (b_uniform * tl.sum(b_sums, 0).to(tl.float64)).to(tl.int64)
+    i_chunk = tl.sum((b_reached <= b_target).to(tl.int32), 0)
+    b_before = tl.sum(tl.where(o_c < i_chunk, b_sums, 0), 0)
+    o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_x = tl.load(p_row_logits + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
+    b_w, _ = _weights(b_x, tl.where(b_active, b_peak, 0.0), b_rate)
+    m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
+    b_reached = b_before + tl.cumsum(tl.where(m_kept, b_w, 0), 0)
+    b_drawn = i_chunk * CHUNK + tl.sum((b_reached <= b_target).to(tl.int32), 0)
+    b_id = tl.where(b_active, b_drawn, tl.where((b_peak > float("-inf")) & (b_peak < float("inf")), b_best, -1))
+    tl.store(p_ids + i_row, b_id.to(tl.int64))
+
+
+def _check_sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> None:
+    check_shape("logits", logits, ("R", "V"))
+    check_shape("table", table, (logits.shape[0], len(COLUMNS)))
+    for name, tensor, dtype in (("logits", logits, torch.float32), ("table", table, torch.float64)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
+        check_rows(name, tensor)
+    if not 1 <= logits.shape[1] <= MAX_VOCABULARY:
+        raise ValueError(f"logits must have 1 to {MAX_VOCABULARY} columns, got {logits.shape[1]}")
+    if not table.is_contiguous():
+        raise ValueError(f"table must be contiguous, got strides {list(table.stride())}")
+    check_device(logits, table=table)
+    if not table.is_cuda and not filtered and bool(((table[:, 1] > 0) | (table[:, 2] < 1)).any()):
+        raise ValueError("filtered must be True where a row has top_k above 0 or top_p below 1, got False")
+
+
+@op(reference=sample_rows_reference, check=_check_sample_rows)
+def sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
+    """Draw one token per row.
+
+    Args:
+        logits: [R, V] fp32, last stride 1; -inf is a token that cannot be drawn.
+        table: [R, 5] fp64, contiguous: log2(e) / temperature, or 0 for the likeliest token; top_k, 0 for all; top_p, 1
+            for all; the least weight kept, at least 1 and at most 2^44; a uniform number in [0, 1 - 2^-53].
+        filtered: Whether any row has top_k above 0 or top_p below 1; rows that have are not filtered if this is False.
+
+    Returns:
+        [R] int64 ids; -1 for a row with NaN, with +inf, or without any finite logit.
+
+    Raises:
+        TypeError: a dtype is none of those above.
+        ValueError: a shape, a stride or a device does not fit.
+    """
+    num_rows, vocabulary = logits.shape
+    ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return ids
+    num_chunks = triton.cdiv(vocabulary, CHUNK)
+    peaks = logits.new_empty(num_rows, num_chunks)
+    bests = ids.new_empty(num_rows, num_chunks, dtype=torch.int32)
+    sums = ids.new_empty(num_rows, num_chunks)
+    histogram = ids.new_empty(num_rows, 2 * NUM_BUCKETS + 1)
+    # Room for every token, because all may be equally likely; that is as much as the logits take.
+    lists = ids.new_empty(num_rows, vocabulary if filtered else 0, dtype=torch.int32)
+    grid, sizes = (num_rows, num_chunks), (vocabulary, logits.stride(0), num_chunks)
+    shape = {"CHUNK": CHUNK, "BUCKETS": NUM_BUCKETS}
+    # Fused multiply-adds would round weights differently than the reference.
+    exact = {"BLOCK_C": triton.next_power_of_2(num_chunks), "enable_fp_fusion": False, **shape}
+    _sample_peaks_kernel[grid](logits, peaks, bests, histogram, *sizes, num_warps=8, **shape)
+    _sample_histogram_kernel[grid](logits, table, peaks, histogram, sums, *sizes, num_warps=8, **exact)
+    if filtered:
+        _sample_candidates_kernel[grid](logits, table, peaks, histogram, lists, *sizes, num_warps=8, **exact)
+    first = (logits, table, peaks, bests, histogram, lists, sums, ids, *sizes)
+    _sample_draw_kernel[(num_rows,)](*first, FILTERED=filtered, BLOCK=2048, num_warps=16, **exact)
+    return ids
