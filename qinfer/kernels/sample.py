@@ -218,7 +218,8 @@ def _find_cut(p_logits, p_list, b_num, b_peak, b_rate, b_needed, WEIGHTED: tl.co
     for _ in range(RANK_BITS):
         b_trial = b_cut + b_bit
         b_mass = tl.sum(tl.where(b_rank >= b_trial, b_w, 0), 0)
-        b_mass += _mass(p_logits, p_list, b_num, b_peak, b_rate, b_trial, WEIGHTED, BLOCK, BLOCK)
+        if b_num > BLOCK:
+            b_mass += _mass(p_logits, p_list, b_num, b_peak, b_rate, b_trial, WEIGHTED, BLOCK, BLOCK)
         b_cut = tl.where(b_mass >= b_needed, b_trial, b_cut)
         b_bit = b_bit >> 1
     return b_cut
@@ -262,7 +263,7 @@ def _sample_histogram_kernel(
     b_active = _is_active(b_peak, b_rate)
     o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_x = tl.load(p_logits + i_row * stride_row + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
-    b_w, b_bucket = _weights(b_x, tl.where(b_active, b_peak, 0.0), b_rate)
+    b_w, b_bucket = _weights(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
     b_kept = tl.where((b_w.to(tl.float64) >= b_floor) & (o_v < V), b_w, 0)
     tl.store(p_sums + i_row * num_chunks + i_chunk, tl.sum(b_kept, 0))
     if b_active & ((b_top_k > 0.0) | (b_top_p < 1.0)):
@@ -340,7 +341,7 @@ def _sample_draw_kernel(
     b_before = tl.sum(tl.where(o_c < i_chunk, b_sums, 0), 0)
     o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_x = tl.load(p_row_logits + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
-    b_w, _ = _weights(b_x, tl.where(b_active, b_peak, 0.0), b_rate)
+    b_w, _ = _weights(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
     m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
     b_reached = b_before + tl.cumsum(tl.where(m_kept, b_w, 0), 0)
     b_drawn = i_chunk * CHUNK + tl.sum((b_reached <= b_target).to(tl.int32), 0)

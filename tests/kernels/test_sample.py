@@ -1,0 +1,155 @@
+"""The draw: kernel and reference agree bit for bit, and the reference does what its formulas say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qinfer.kernels import sample as module
+from qinfer.kernels.sample import MAX_VOCABULARY, ONE, sample_rows, token_weights
+
+INF, NAN = math.inf, math.nan
+LOG2_E = math.log2(math.e)
+kernel = pytest.mark.kernel
+
+
+def table(*rows: tuple[float, ...]) -> Tensor:
+    """Rows of temperature, top_k, top_p, min_p and uniform number as the op takes them."""
+    numbers = [
+        (0.0 if t == 0 else LOG2_E / t, k, p, max(1, math.ceil(min_p * ONE)), uniform)
+        for t, k, p, min_p, uniform in rows
+    ]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def agree(logits: Tensor, columns: Tensor, device: torch.device, *, filtered: bool = True) -> list[int]:
+    """Run both bodies and return the ids that both give."""
+    expected = sample_rows.reference(logits, columns, filtered=filtered)
+    ids = sample_rows.launch(logits.to(device), columns.to(device), filtered=filtered)
+    assert ids.dtype == expected.dtype == torch.int64
+    assert ids.tolist() == expected.tolist()
+    return ids.tolist()
+
+
+@kernel
+def test_every_kind_of_row_at_once(device: torch.device) -> None:
+    """Two chunks and a rest; ties, filters of all widths, greedy and broken rows side by side."""
+    logits = torch.randn(10, 8300) * 4
+    logits[:, 8200:] = logits[:, :100]
+    logits[1, 8299] = logits[1].max() + 1
+    logits[3, 8250] = NAN
+    logits[4] = -INF
+    logits[5, 4000:] = -INF
+    logits[8, 77] = INF
+    columns = table(
+        (0.7, 5, 1.0, 0.0, 0.9),
+        (0.0, 3, 0.5, 0.0, 0.3),
+        (1.0, 0, 0.9, 0.0, 0.8),
+        (1.0, 5, 0.9, 0.0, 0.1),
+        (1.0, 5, 0.9, 0.0, 0.1),
+        (1.5, 40, 0.8, 0.05, 0.999),
+        (3.0, 0, 1.0, 0.01, 0.77),
+        (2.0, 9000, 0.99, 0.0, 0.6),
+        (0.0, 0, 1.0, 0.0, 0.0),
+        (1e-9, 7, 0.3, 1.0, 0.5),
+    )
+    ids = agree(logits, columns, device)
+    assert [i for i, token in enumerate(ids) if token == -1] == [3, 4, 8]
+    assert ids[1] == 8299
+    assert ids[9] == logits[9].argmax().item()
+
+
+@kernel
+def test_equal_tokens_fill_more_than_a_block(device: torch.device) -> None:
+    """All candidates are tied and more than registers hold, so ids decide, and zeros have no sign."""
+    logits = torch.zeros(1, 3000)
+    logits[:, ::3] = -0.0
+    assert agree(logits, table((1.0, 2900, 0.8, 0.0, 1 - 2**-53)), device) == [2319]
+
+
+@kernel
+def test_without_filters(device: torch.device) -> None:
+    logits = torch.randn(3, 4100) * 2
+    columns = table((1.0, 0, 1.0, 0.0, 0.4), (0.5, 0, 1.0, 0.1, 0.999), (0.0, 0, 1.0, 0.0, 0.0))
+    ids = agree(logits, columns, device, filtered=False)
+    assert ids[2] == logits[2].argmax().item()
+    assert ids == sample_rows.reference(logits, columns, filtered=True).tolist()
+
+
+@kernel
+def test_rows_may_be_strided(device: torch.device) -> None:
+    wide = torch.randn(3, 200)
+    columns = table(*[(1.0, 4, 0.9, 0.0, 0.6)] * 3)
+    ids = sample_rows.launch(wide.to(device)[:, :150], columns.to(device), filtered=True)
+    assert ids.tolist() == sample_rows.reference(wide[:, :150].clone(), columns, filtered=True).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [2048, 128256, 151936, 262144])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_agrees_on_real_vocabularies(vocabulary: int, scale: float) -> None:
+    kinds = [(0, 1.0), (1, 1.0), (50, 0.95), (0, 0.9), (0, 0.999), (1000, 1.0), (20000, 0.5)]
+    rows = [(0.6 + 0.2 * (i % 5), *kinds[i % 7], 0.02 * (i % 3), (i + 0.5) / 35) for i in range(35)]
+    agree(torch.randn(35, vocabulary) * scale, table(*rows), torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_repeats_bit_for_bit() -> None:
+    logits = torch.randn(16, 128256, device="cuda") * 2
+    columns = table(*[(1.0, 50, 0.95, 0.0, (i + 0.5) / 16) for i in range(16)]).cuda()
+    first = sample_rows(logits, columns, filtered=True)
+    assert all(torch.equal(first, sample_rows(logits, columns, filtered=True)) for _ in range(20))
+
+
+@given(st.floats(0, 50), st.floats(0.01, 30))
+def test_weights_are_powers(below: float, rate: float) -> None:
+    """Within one of 2^44 * 2^-t, and exactly 2^44 for the likeliest."""
+    weights = token_weights(
+        torch.tensor([[0.0, below]], dtype=torch.float64), torch.tensor([[rate]], dtype=torch.float64)
+    )
+    assert int(weights[0, 0]) == ONE
+    assert abs(int(weights[0, 1]) - ONE * 2.0 ** -min(below * rate, 64)) <= 0.51
+
+
+@kernel
+def test_weights_of_the_kernel_are_those_of_the_reference(device: torch.device) -> None:
+    """The uniform number sweeps the cumulative sum, so a weight that differs by one shows as another id somewhere."""
+    logits = torch.tensor([[0.0, -29.0, -28.0, -27.0, -30.2]])
+    weights = token_weights(-logits.double(), torch.tensor([[LOG2_E]], dtype=torch.float64))[0]
+    edges = (weights.flip(0).cumsum(0).flip(0)[1:].double() / float(weights.sum())).tolist()
+    for edge in edges:
+        for step in (-0.9, 0.9):
+            uniform = 1 - edge + step / float(weights.sum())
+            agree(logits.expand(1, -1), table((1.0, 0, 1.0, 0.0, uniform)), device, filtered=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, dtype=torch.float16)}, TypeError, "logits must be float32"),
+        ({"logits": torch.zeros(3)}, ValueError, r"logits must be \[R, V\]"),
+        ({"logits": torch.zeros(3, 2).T}, ValueError, "logits must have last stride 1"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "logits must have 1 to 524287 columns, got 0"),
+        ({"table": torch.zeros(2, 5)}, TypeError, "table must be float64"),
+        ({"table": torch.zeros(2, 4, dtype=torch.float64)}, ValueError, r"table must be \[2, 5\]"),
+        ({"filtered": False}, ValueError, "filtered must be True"),
+    ],
+)
+def test_refusals(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {"logits": torch.zeros(2, 3), "table": table(*[(1.0, 2, 1.0, 0.0, 0.5)] * 2), "filtered": True}
+    arguments |= change
+    with pytest.raises(error, match=message):
+        sample_rows(arguments["logits"], arguments["table"], filtered=arguments["filtered"])
+
+
+def test_sums_have_room() -> None:
+    """As many equal tokens as a vocabulary may have do not overflow."""
+    assert MAX_VOCABULARY * module.ONE < 2**63
+    assert sample_rows.reference(torch.zeros(0, 7), torch.zeros(0, 5).double(), filtered=True).tolist() == []
+    logits = torch.zeros(1, MAX_VOCABULARY)
+    assert sample_rows.reference(logits, table((1.0, 0, 1.0, 0.0, 1 - 2**-53)), filtered=False).item() == 524286
