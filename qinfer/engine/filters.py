@@ -15,8 +15,8 @@ from torch import Tensor
 
 from qinfer.kernels.sample import keep_top_p
 
-# A surprise times a weight, summed over a row, stays below 2^63 when this is taken off.
-_SURPRISE_UNIT = 256.0
+# The unit in which an entropy is summed, in bits: fine, and 19 bits, the most there can be, stay below 2^63 units.
+_ENTROPY_UNIT = 2.0**-56
 
 
 def keep_min_p(weights: Tensor, min_p: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ def surprises(weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     total = weights.sum(-1, keepdim=True).double()
     surprise = total.log2() - weights.double().log2()
-    shares = torch.where(weights > 0, weights.double() * surprise / _SURPRISE_UNIT, 0).round().long()
-    return surprise, shares.sum(-1, keepdim=True).double() * _SURPRISE_UNIT / total
+    shares = torch.where(weights > 0, weights.double() / total * surprise / _ENTROPY_UNIT, 0).round().long()
+    return surprise, shares.sum(-1, keepdim=True).double() * _ENTROPY_UNIT
 
 
 def keep_typical(weights: Tensor, typical: Tensor) -> Tensor:

@@ -157,8 +157,8 @@ def logprobs(logits: Tensor, ids: Tensor, top_n: int) -> Logprobs:
     if ids.shape != logits.shape[:1] or not 0 <= top_n <= vocabulary:
         asked = f"ids {list(ids.shape)} and top_n={top_n}"
         raise ValueError(f"logits {list(logits.shape)} need ids [R] and top_n between 0 and V, got {asked}")
-    peak = logits.amax(-1, keepdim=True)
-    below = (logits - peak).double()
+    exact = logits.double()
+    below = exact - exact.amax(-1, keepdim=True)
     logs = below - below.exp().sum(-1, keepdim=True).log()
     chosen = logs.gather(-1, ids.clamp(min=0)[:, None]).squeeze(-1)
     # Integers in the order wanted, all different: larger logit first, then lower id.
