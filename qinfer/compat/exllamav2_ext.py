@@ -1,4 +1,4 @@
-"""The weight functions of ExLlamaV2's compiled extension `exllamav2_ext`: same names, argument orders and checks.
+"""Functions of ExLlamaV2's compiled extension `exllamav2_ext`: same names, argument orders and checks.
 
     from qinfer.compat import exllamav2_ext as ext_c
 
@@ -34,12 +34,28 @@ from qinfer.compat.ext_packing import (
     tensor_remap,
     tensor_remap_4bit,
 )
+from qinfer.compat.ext_sampling import (
+    apply_rep_penalty,
+    dump_profile_results,
+    fast_copy_cpu,
+    fast_fadd_cpu,
+    fast_fill_cpu_ones_bool,
+    logit_filter_exclusive,
+    partial_strings_match,
+    sample_basic,
+)
 
 __all__ = [
+    "apply_rep_penalty",
+    "dump_profile_results",
+    "fast_copy_cpu",
+    "fast_fadd_cpu",
+    "fast_fill_cpu_ones_bool",
     "free_q_matrix",
     "gemm_half_half_half",
     "gemm_half_q_half",
     "gemm_half_q_half_tp",
+    "logit_filter_exclusive",
     "make_group_map",
     "make_q_matrix",
     "make_q_matrix_split",
@@ -47,7 +63,9 @@ __all__ = [
     "matrix_q4_to_fp16",
     "pack_columns",
     "pack_rows_4",
+    "partial_strings_match",
     "reconstruct",
+    "sample_basic",
     "stloader_read",
     "tensor_remap",
     "tensor_remap_4bit",
