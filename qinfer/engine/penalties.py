@@ -178,8 +178,8 @@ class Changes:
         self._breakers: Ids = np.array(params.dry_breakers, np.int32)
         self._fading = faded(params.repetition_range or 0, params.repetition_decay)
         self._repeats = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
-        biases = [*dict(params.logit_bias).items(), *((token, -np.inf) for token in params.banned_ids)]
-        self._fixed = [_offsets([token for token, _ in biases], [bias for _, bias in biases])] if biases else []
+        biases = dict(params.logit_bias) | dict.fromkeys(params.banned_ids, -np.inf)
+        self._fixed = [_offsets(list(biases), list(biases.values()))] if biases else []
         self._allowed: Ids | None = None
         if params.allowed_ids is not None:
             self._allowed = np.unique(np.array(params.allowed_ids, np.int32))
@@ -192,7 +192,9 @@ class Changes:
             self._history.extend(generated[len(self._history) - self._prompt_length :])
             parts += self._from_history(self._history)
         if banned:
-            parts.append(_offsets(banned, np.full(len(banned), -np.inf)))
+            parts.append(_offsets(np.unique(banned), np.full(len(set(banned)), -np.inf)))
+        if len(parts) == 1 and self._allowed is None:
+            return parts[0]
         return _merged(parts, self._allowed) if parts else None
 
     def rewind(self, num_generated: int) -> None:

@@ -200,7 +200,7 @@ def _mass(
     p_logits, p_list, b_num, b_peak, b_rate, b_cut, WEIGHTED: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr
 ):
     # Count or weight of the tokens of a list, from its place START on, whose rank is at least b_cut.
-    b_mass = tl.sum(tl.zeros([BLOCK], tl.int64), 0)
+    b_mass = b_cut * 0
     for o_start in range(START, b_num, BLOCK):
         b_rank, b_w = _candidates(p_logits, p_list, o_start + tl.arange(0, BLOCK), b_num, b_peak, b_rate)
         b_mass += tl.sum(tl.where(b_rank >= b_cut, b_w if WEIGHTED else 1, 0).to(tl.int64), 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +102,18 @@ def test_values_become_tuples() -> None:
     assert hash(params) == hash(
         SamplingParams(logit_bias=[(2, -INF), (5, 1)], banned_strings=["x"], allowed_ids=(4, 2))
     )
+
+
+def test_every_option_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    missing = [
+        field.name
+        for field in fields(SamplingParams)
+        if f"`{field.name}" not in page and f"`{field.name.split('_')[0]}_*`" not in page
+    ]
+    assert not missing
+    docstring = SamplingParams.__doc__ or ""
+    assert [field.name for field in fields(SamplingParams) if f"        {field.name}: " not in docstring] == []
 
 
 # --- exact distributions
@@ -294,16 +308,30 @@ def test_mirostat_holds_the_surprise() -> None:
         assert allowed[ids[100:]].all()
 
 
-def test_mirostat_repeats_after_a_rewind() -> None:
+def test_mirostat_forgets_what_was_rewound() -> None:
+    """After a rewind that leads elsewhere, it goes on as if it had gone there at once."""
     logits = torch.randn(1, 100) * 2
-    state, ids = SamplerState(SamplingParams(mirostat_tau=2.0, seed=4), []), []
-    for _ in range(12):
-        ids.append(int(sample(logits, [state.row(ids)])))
+    params = SamplingParams(mirostat_tau=2.0, mirostat_eta=0.5, seed=4)
+
+    def go(state: SamplerState, ids: list[int], banned: dict[int, list[int]]) -> list[int]:
+        while len(ids) < 12:
+            ids = [*ids, int(sample(logits, [state.row(ids, banned=banned.get(len(ids), ()))]))]
+        return ids
+
+    state = SamplerState(params, [])
+    first = go(state, [], {})
     state.rewind(5)
-    again = ids[:5]
-    while len(again) < 12:
-        again.append(int(sample(logits, [state.row(again)])))
-    assert again == ids
+    banned = {5: [first[5]]}
+    second = go(state, first[:5], banned)
+    assert second[5] != first[5]
+    assert second == go(SamplerState(params, []), [], banned)
+
+
+def test_late_temperature_when_the_likeliest_token_is_gone() -> None:
+    """Typical keeps the second token alone; at a hundredth of the temperature it still has its weight."""
+    logits = torch.tensor([[0.4, 0.25, 0.15, 0.1, 0.06, 0.04]]).log()
+    params = SamplingParams(typical=0.2, temperature=0.005, temperature_last=True)
+    assert [int(sample(logits, [Row(params, uniform)])) for uniform in (0.0, 0.5, 0.999)] == [1, 1, 1]
 
 
 # --- logprobs and guidance

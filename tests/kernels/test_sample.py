@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qinfer.kernels import sample as module
-from qinfer.kernels.sample import MAX_VOCABULARY, ONE, sample_rows, token_weights
+from qinfer.kernels.sample import MAX_VOCABULARY, ONE, _weights, sample_rows, token_weights
 
 INF, NAN = math.inf, math.nan
 LOG2_E = math.log2(math.e)
@@ -116,16 +118,27 @@ def test_weights_are_powers(below: float, rate: float) -> None:
     assert abs(int(weights[0, 1]) - ONE * 2.0 ** -min(below * rate, 64)) <= 0.51
 
 
+@triton.jit
+def _read_and_store_weights(p_x, p_weights, p_buckets, p_peak, p_rate, BLOCK: tl.constexpr):
+    o_x = tl.arange(0, BLOCK)
+    b_w, b_bucket = _weights(tl.load(p_x + o_x), tl.load(p_peak), tl.load(p_rate))
+    tl.store(p_weights + o_x, b_w)
+    tl.store(p_buckets + o_x, b_bucket)
+
+
 @kernel
-def test_weights_of_the_kernel_are_those_of_the_reference(device: torch.device) -> None:
-    """The uniform number sweeps the cumulative sum, so a weight that differs by one shows as another id somewhere."""
-    logits = torch.tensor([[0.0, -29.0, -28.0, -27.0, -30.2]])
-    weights = token_weights(-logits.double(), torch.tensor([[LOG2_E]], dtype=torch.float64))[0]
-    edges = (weights.flip(0).cumsum(0).flip(0)[1:].double() / float(weights.sum())).tolist()
-    for edge in edges:
-        for step in (-0.9, 0.9):
-            uniform = 1 - edge + step / float(weights.sum())
-            agree(logits.expand(1, -1), table((1.0, 0, 1.0, 0.0, uniform)), device, filtered=False)
+@pytest.mark.parametrize("rate", [0.1, LOG2_E, 17.3, 1e300])
+def test_weights_of_the_kernel_are_those_of_the_reference(rate: float, device: torch.device) -> None:
+    """All bits, over the whole range of weights; buckets follow the logits."""
+    logits = (8 - torch.rand(1024) * 50 / rate).sort(descending=True).values
+    logits[0], logits[-1] = 8, -INF
+    expected = token_weights((8 - logits[None]).double(), torch.tensor([[rate]], dtype=torch.float64))[0]
+    columns = torch.tensor([8.0], device=device), torch.tensor([rate], dtype=torch.float64, device=device)
+    weights, buckets = torch.empty_like(expected, device=device), torch.empty(1024, dtype=torch.int32, device=device)
+    _read_and_store_weights[(1,)](logits.to(device), weights, buckets, *columns, BLOCK=1024, enable_fp_fusion=False)
+    assert torch.equal(weights.cpu(), expected)
+    assert (buckets.diff() >= 0).all()
+    assert 0 <= buckets.min() <= buckets.max() < module.NUM_BUCKETS
 
 
 @pytest.mark.parametrize(
