@@ -20,6 +20,7 @@ Fill = Literal["empty", "random"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 PAGE_SIZE = 256
+NUM_PARTS = 8
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 HALVES = {"fp16": FP16, "bf16": BF16}
 
@@ -98,6 +99,10 @@ class Maker:
         tensor = self._empty(*shape, dtype=dtype)
         return tensor.normal_() if self.fill == "random" else tensor
 
+    def parts(self, run: Run, width: int) -> Tensor:
+        """A product of the run's tokens in as many parts as it has there: one where tokens are many."""
+        return self.normal(1 if run.tokens > 64 else NUM_PARTS, run.tokens, width, dtype=FP32)
+
     def integers(self, *shape: int, low: int = 0, high: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Integers in [low, high)."""
         tensor = self._empty(*shape, dtype=dtype)
@@ -174,7 +179,7 @@ def _norm_cases(run: Run, *, order: bool) -> None:
 
     @case("add_rmsnorm", name, compiled=run.compiled)
     def _(m: Maker) -> Arguments:
-        residual, delta = (m.normal(run.tokens, s.hidden, dtype=FP32) for _ in range(2))
+        residual, delta = m.normal(run.tokens, s.hidden, dtype=FP32), m.parts(run, s.hidden)
         keywords = {"eps": 1e-5, "out_dtype": d, "order": m.permutation(s.hidden, wanted=order)}
         return (residual, delta, m.normal(s.hidden, dtype=d)), keywords
 
@@ -223,8 +228,8 @@ def _gather_cases(run: Run) -> None:
 def _silu_mul_case(run: Run, *, order: bool) -> None:
     @case("silu_mul", f"{run.name}{' order' if order else ''}", compiled=run.compiled)
     def _(m: Maker) -> Arguments:
-        gate_up = m.normal(run.tokens, 2 * run.shape.mlp, dtype=run.dtype)
-        return (gate_up,), {"order": m.permutation(run.shape.mlp, wanted=order)}
+        keywords = {"order": m.permutation(run.shape.mlp, wanted=order), "out_dtype": run.dtype}
+        return (m.parts(run, 2 * run.shape.mlp),), keywords
 
 
 @dataclass(frozen=True)
@@ -320,6 +325,16 @@ def _matmul_case(matrix: Matrix, stored: Stored, t: int, half: str, *, compiled:
         return (m.normal(t, matrix.k, dtype=d), m.planes(matrix, stored, d)), keywords
 
 
+def _matmul_parts_case(run: Run) -> None:
+    """The output projection of attention, which the next norm adds up."""
+    matrix = matrices(run.shape)[1]
+
+    @case("matmul_parts", f"{matrix.name} T={run.tokens} {run.half} {G128.name}", compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        x, operand = m.normal(run.tokens, matrix.k, dtype=run.dtype), m.planes(matrix, G128, run.dtype)
+        return (x, operand), {"out_dtype": FP32}
+
+
 def _dense_head_case(run: Run) -> None:
     s, d = run.shape, run.dtype
 
@@ -387,7 +402,7 @@ def _sample_cases(s: Shape, rows: int) -> None:
 def _register() -> None:
     """Fill `CASES`."""
     for run in starmap(Run, product(SHAPES, TOKENS, HALVES)):
-        for make in (_head_cases, _gather_cases, _dense_head_case):
+        for make in (_head_cases, _gather_cases, _dense_head_case, _matmul_parts_case):
             make(run)
         for order in (False, True):
             _norm_cases(run, order=order)

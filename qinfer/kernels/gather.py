@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 BLOCK = 1024  # columns per program: a decode step of one token still spreads over several multiprocessors
 
@@ -32,7 +33,11 @@ def gather_columns_reference(x: Tensor, order: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_ids"])
-def _gather_rows_kernel(p_table, p_ids, p_out, stride_table, C: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_rows_kernel(
+    p_table, p_ids, p_out, stride_table, C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_t = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_ids + i_t).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -42,7 +47,9 @@ def _gather_rows_kernel(p_table, p_ids, p_out, stride_table, C: tl.constexpr, BL
 
 
 @triton.jit
-def _gather_columns_kernel(p_x, p_order, p_out, stride_x, K: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_columns_kernel(p_x, p_order, p_out, stride_x, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_t = tl.program_id(0).to(tl.int64)
     o_j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_j = o_j < K
@@ -90,7 +97,7 @@ def gather_rows(table: Tensor, ids: Tensor, *, out_dtype: torch.dtype | None = N
     if out.numel():
         block = min(BLOCK, triton.next_power_of_2(width))
         grid = (num_ids, triton.cdiv(width, block))
-        _gather_rows_kernel[grid](table, ids, out, table.stride(0), C=width, BLOCK=block)
+        _gather_rows_kernel[grid](table, ids, out, table.stride(0), C=width, BLOCK=block, **overlap(ids))
     return out
 
 
@@ -116,5 +123,5 @@ def gather_columns(x: Tensor, order: Tensor) -> Tensor:
     if out.numel():
         block = min(BLOCK, triton.next_power_of_2(width))
         grid = (num_tokens, triton.cdiv(width, block))
-        _gather_columns_kernel[grid](x, order, out, x.stride(0), K=width, BLOCK=block)
+        _gather_columns_kernel[grid](x, order, out, x.stride(0), K=width, BLOCK=block, **overlap(x))
     return out

@@ -12,8 +12,10 @@ Routes, chosen by the operand and by M alone:
 - Both, more rows: the matrix is dequantized into a scratch of at most MAX_SCRATCH elements, then multiplied by torch;
   the cost of writing it is paid back by the rows.
 
-Accumulation is fp32 everywhere. With K split over programs, partial sums go to a workspace and the program that arrives
-last adds them in the order of K: no floating-point atomics, so two runs agree bit for bit.
+Accumulation is fp32 everywhere. With K split over programs, each part has a sum of its own, and whoever reads the
+product adds the parts in the order of K: a kernel that makes one sum of them (`matmul`), or the next op of the model
+while it reads its input anyway (`matmul_parts`). No floating-point atomics, so two runs agree bit for bit, and no
+program waits for another.
 
 Limits: x is fp16 or bf16 on a GPU (fp32 works and is slow); x is already in `operand.order`.
 """
@@ -22,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import accumulate
 from math import gcd
 
@@ -33,15 +34,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qinfer.kernels.dequant import check_plane_operand, dequantize, load_step, slice_codes, step_constants
-from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
+from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand, step_k
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.tiles import Tile, lookup
 
 FUSED_ROWS = 64
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
-MAX_LOCKS = 1 << 16
-# Said aloud, the hardware's own limit keeps ptxas from saving registers for sm_89 at the price of spills.
-REGISTERS = {"maxnreg": 255}
+SUM_COLUMNS = 256
 MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
 
 
@@ -91,36 +91,17 @@ def matmul_reference(
 
 
 @triton.jit
-def _finish(b_acc, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS: tl.constexpr):
-    """Add the bias and store y, [BLOCK_N, BLOCK_M] transposed."""
-    if HAS_BIAS:
-        b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
-    p_y = p_out + o_m.to(tl.int64)[None, :] * out_stride + o_n[:, None]
-    tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_out)
+def _scales(p_scales, i_group, o_n, m_n, N64):
+    """Load the scales of one group: [BLOCK_N, 1] fp32.
 
-
-@triton.jit
-def _sum_parts(p_tile, num_parts, part_stride, m_out, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Add the partial sums of one output tile in the order of K."""
-    b_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for i_part in range(num_parts):
-        b_sum += tl.load(p_tile + i_part * part_stride, mask=m_out, other=0.0, cache_modifier=".cg")
-    return b_sum
-
-
-@triton.jit
-def _add_group(b_acc, b_part, p_scales, o_group, o_n, m_n):
-    """Add the sum over one group, [BLOCK_N, BLOCK_M], times the scales of that group."""
-    return b_acc + b_part * tl.load(p_scales + o_group + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
-
-
-@triton.jit
-def _dot(b_codes, b_x, b_part, p_offsets, o_group, o_n, m_n, HAS_OFFSETS: tl.constexpr):
-    """Subtract the offsets of a group from its codes, differences of small integers that are exact, and multiply."""
-    if HAS_OFFSETS:
-        b_offsets = tl.load(p_offsets + o_group + o_n, mask=m_n, other=0).to(tl.float32)
-        b_codes -= b_offsets.to(b_codes.dtype)[:, None]
-    return tl.dot(b_codes, b_x, b_part, input_precision="ieee")
+    As 32-bit words of two, because Triton's pipeline fetches nothing narrower ahead of its use, and waiting in every
+    step for scales to come from memory costs as much as the products.
+    """
+    first = i_group * N64
+    o_scale = o_n + (first & 1).to(tl.int32)  # from the last even element on, where a pair begins
+    p_pairs = p_scales.to(tl.pointer_type(tl.int32), bitcast=True) + (first >> 1)
+    b_bits = tl.load(p_pairs + (o_scale >> 1), mask=m_n, other=0) >> (o_scale & 1) * 16
+    return b_bits.to(tl.int16).to(p_scales.dtype.element_ty, bitcast=True).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -129,7 +110,7 @@ def _accumulate(
     K, x_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
     GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Multiply one part of K of one segment: [BLOCK_N, BLOCK_M] fp32."""
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -141,6 +122,7 @@ def _accumulate(
     # A division by a number known to the compiler is a shift; larger groups are few.
     divisor = group_size if GROUP == 0 else GROUP
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    wait_for_inputs(OVERLAP)
     for i_step in tl.range(first, last, num_stages=STAGES):
         b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
         p_step = p_xs + i_step * STEP
@@ -149,22 +131,21 @@ def _accumulate(
             o_k = i_step * STEP + s * 32
             b_codes = slice_codes(b_words, BITS, s, DTYPE, PTX)
             m_x = m_m if EVEN_K else m_m & (o_k + o_c[:, None] < K)
-            if RUN == 0:
-                # Two groups of 16 share the slice: each takes the features of x that are its own.
-                for half in tl.static_range(2):
-                    m_half = m_x & (o_c[:, None] // 16 == half)
-                    b_x = tl.load(p_step + s * 32, mask=m_half, other=0.0)
-                    o_g = tl.minimum(o_k // 16 + half, num_groups - 1) * N64
-                    b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                    b_part = _dot(b_codes, b_x, b_part, p_offsets, o_g, o_n, m_n, HAS_OFFSETS)
-                    b_acc = _add_group(b_acc, b_part, p_scales, o_g, o_n, m_n)
-            else:
-                # A run of slices shares a group. What lies behind K is multiplied by zero and takes the last group's.
-                b_x = tl.load(p_step + s * 32, mask=m_x, other=0.0)
-                o_g = tl.minimum(o_k // divisor, num_groups - 1) * N64
-                b_part = _dot(b_codes, b_x, b_part, p_offsets, o_g, o_n, m_n, HAS_OFFSETS)
-                if (s + 1) % RUN == 0:
-                    b_acc = _add_group(b_acc, b_part, p_scales, o_g, o_n, m_n)
+            # A run of slices shares a group, or two groups of 16 share a slice: each takes the features of x that are
+            # its own. What lies behind K is multiplied by zero and takes the last group's.
+            for half in tl.static_range(2 if RUN == 0 else 1):
+                i_group = tl.minimum((o_k + half * 16) // divisor, num_groups - 1)
+                b_group_codes = b_codes
+                if HAS_OFFSETS:
+                    if RUN == 0 or s % RUN == 0:
+                        b_offsets = tl.load(p_offsets + i_group * N64 + o_n, mask=m_n, other=0).to(tl.float32)
+                    # Differences of small integers, exact in either type.
+                    b_group_codes -= b_offsets.to(DTYPE)[:, None]
+                m_group = m_x & (o_c[:, None] // 16 == half) if RUN == 0 else m_x
+                b_x = tl.load(p_step + s * 32, mask=m_group, other=0.0)
+                b_part = tl.dot(b_group_codes, b_x, b_part, input_precision="ieee")
+                if RUN == 0 or (s + 1) % RUN == 0:
+                    b_acc += b_part * _scales(p_scales, i_group, o_n, m_n, N64)
                     b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     return b_acc
 
@@ -173,10 +154,11 @@ def _accumulate(
 # in the middle of serving.
 @triton.jit(do_not_specialize=["M", "first_features", "first_parts", "num_groups", "num_highs"])
 def _matmul_kernel(
-    p_x, p_highs, p_lows, p_scales, p_offsets, p_bias, p_out, p_partial, p_locks,
+    p_x, p_highs, p_lows, p_scales, p_offsets, p_bias,
+    p_out,  # [parts of K, M, N], rows out_stride apart
     M, N, x_stride, out_stride, first_features, first_parts, num_highs, num_groups, group_sizes,
-    SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_LOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
     i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -195,47 +177,31 @@ def _matmul_kernel(
                 first_features[g + 1] - first_features[g], x_stride, num_highs[g], num_groups[g], group_sizes[g],
                 SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], SEGMENTS[g][4], SEGMENTS[g][5],
                 SEGMENTS[g][6], SEGMENTS[g][7], PTX, BLOCK_M, BLOCK_N, STAGES,
+                OVERLAP,
             )  # fmt: skip
-    m_out = m_n[:, None] & m_m
-    if not IS_SPLIT:
-        _finish(b_acc, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
-    else:
-        p_tile = p_partial + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
-        part_stride = M * N64
-        num_parts = tl.num_programs(1)
-        tl.store(p_tile + i_k * part_stride, b_acc, mask=m_out)
-        if HAS_LOCKS:
-            # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
-            tl.debug_barrier()
-            p_lock = p_locks + i_m * tl.num_programs(0) + i_n
-            arrived = tl.atomic_add(p_lock, 1, sem="acq_rel")
-            if arrived == num_parts - 1:
-                b_sum = _sum_parts(p_tile, num_parts, part_stride, m_out, BLOCK_N, BLOCK_M)
-                _finish(b_sum, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
-                tl.store(p_lock, 0)
+    let_next_start(OVERLAP)
+    if HAS_BIAS:
+        # Once, whatever the number of parts.
+        m_bias = m_n & (i_k == 0)
+        b_acc += tl.load(p_bias + o_n, mask=m_bias, other=0.0).to(tl.float32)[:, None]
+    p_y = p_out + (i_k.to(tl.int64) * M + o_m[None, :]) * out_stride + o_n[:, None]
+    tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_m)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "num_parts"])
 def _sum_kernel(
-    p_partial, p_bias, p_out, M, N, out_stride, num_parts,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_n = o_n < N
-    m_out = m_n[:, None] & (o_m[None, :] < M)
-    p_tile = p_partial + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
-    b_sum = _sum_parts(p_tile, num_parts, M * tl.cast(N, tl.int64), m_out, BLOCK_N, BLOCK_M)
-    _finish(b_sum, p_bias, p_out, o_m, o_n, m_n, m_out, out_stride, HAS_BIAS)
-
-
-@cache
-def _locks(device: torch.device) -> Tensor:
-    """Return the arrival counters of a device; every launch leaves them at zero.
-
-    Launches share them, so all matmuls of a device must run on one stream at a time.
-    """
-    return torch.zeros(MAX_LOCKS, dtype=torch.int32, device=device)
+    p_parts, p_out, M, N, out_stride, num_parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
+):
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    m_out = (o_m < M) & (o_n < N)
+    p_tile = p_parts + o_m * N + o_n
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_part in range(num_parts):
+        b_sum += tl.load(p_tile + i_part * (M * tl.cast(N, tl.int64)), mask=m_out, other=0.0)
+    tl.store(p_out + o_m * out_stride + o_n, b_sum.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def _check_segments(segments: Sequence[PlaneOperand]) -> None:
@@ -318,36 +284,41 @@ def _by_dequantizing(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor |
         _dense(x, weight, None if bias is None else bias[start:stop], out[:, start:stop])
 
 
-def _fused(x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor | None, out: Tensor, tile: Tile) -> None:
-    """Launch the kernel that reads packed weights, once for all segments; their sums meet like the parts of one."""
+def _fused(
+    x: Tensor, segments: Sequence[PlaneOperand], bias: Tensor | None, out: Tensor | None, dtype: torch.dtype, tile: Tile
+) -> Tensor:
+    """Launch the kernel that reads packed weights, once for all segments, whose sums are parts like those of one.
+
+    Returns:
+        [parts, M, N]: one part in `out` or in dtype, or several in fp32.
+    """
     m, n = x.shape[0], segments[0].out_features
     splits = [_splits(tile.split_k, segment, segments) for segment in segments]
-    grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m))
-    is_split, has_locks = sum(splits) > 1, not is_amd_target(x)
-    partial = locks = out
-    if is_split:
-        if grid[0] * grid[1] > MAX_LOCKS:
-            raise ValueError(f"a product with K split takes at most {MAX_LOCKS} output tiles, got {grid[0] * grid[1]}")
-        partial = torch.empty(sum(splits), m, n, dtype=torch.float32, device=x.device)
-        locks = _locks(x.device)
-    _matmul_kernel[(grid[0], sum(splits), grid[1])](
+    parts = sum(splits)
+    if out is None or parts > 1:
+        y = torch.empty(parts, m, n, dtype=dtype if parts == 1 else torch.float32, device=x.device)
+    else:
+        y = out[None]
+    _matmul_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](
         x, tuple(s.planes[0] for s in segments), tuple(s.planes[-1] for s in segments),
         tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
-        bias, out, partial, locks, m, n, x.stride(0), out.stride(0),
+        bias, y, m, n, x.stride(0), y.stride(1),
         tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
         tuple(s.planes[0].shape[0] for s in segments), tuple(s.scales.shape[0] for s in segments),
         tuple(s.group_size for s in segments),
         SEGMENTS=tuple(_constants(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
-        IS_SPLIT=is_split, HAS_LOCKS=has_locks,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-        **(REGISTERS if is_ptx_target(x) else {}),
+        **overlap(x),
     )  # fmt: skip
-    if is_split and not has_locks:
-        # A barrier of AMD's lets stores of other waves be pending, so nobody there may read what its neighbours wrote.
-        _sum_kernel[grid](
-            partial, bias, out, m, n, out.stride(0), sum(splits),
-            HAS_BIAS=bias is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        )  # fmt: skip
+    return y
+
+
+def _add_up(parts: Tensor, out: Tensor) -> None:
+    """Write the sum of [S, M, N] fp32 parts to out [M, N]."""
+    num_parts, m, n = parts.shape
+    block_m = 1 if m == 1 else 4
+    grid = (triton.cdiv(n, SUM_COLUMNS), triton.cdiv(m, block_m))
+    _sum_kernel[grid](parts, out, m, n, out.stride(0), num_parts, BLOCK_M=block_m, BLOCK_N=SUM_COLUMNS, **overlap(out))
 
 
 def _constants(segment: PlaneOperand) -> tuple[int | bool, ...]:
@@ -364,6 +335,24 @@ def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand
     share = split_k * segment.nbytes / sum(other.nbytes for other in segments)
     steps = -(-segment.in_features // step_k(segment.bits))
     return max(1, min(round(share), steps))
+
+
+def _product(
+    x: Tensor, operand: Operand, bias: Tensor | None, out: Tensor | None, dtype: torch.dtype, tile: Tile | None
+) -> Tensor:
+    """Take the route of an operand and M; return [S, M, N], which is `out` if S is 1 and one was given."""
+    m, n, k = x.shape[0], operand.out_features, operand.in_features
+    if not isinstance(operand, DenseOperand) and (tile is not None or m <= FUSED_ROWS):
+        segments = _segments(operand)
+        widths = tuple(segment.bits for segment in segments)
+        tile = tile or lookup(arch(x.device), num_sms(x.device), m, n, k, widths)
+        return _fused(x, segments, bias, out, dtype, tile)
+    y = torch.empty(m, n, dtype=dtype, device=x.device) if out is None else out
+    if isinstance(operand, DenseOperand):
+        _dense(x, operand.weight, bias, y)
+    else:
+        _by_dequantizing(x, _segments(operand), bias, y)
+    return y[None]
 
 
 @op(reference=matmul_reference, check=_check_matmul)
@@ -393,17 +382,66 @@ def matmul(
         ValueError: a shape does not fit.
         TypeError: a dtype does not fit.
     """
-    m, n, k = x.shape[0], operand.out_features, operand.in_features
+    m, n = x.shape[0], operand.out_features
     if out is None:
         out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     if m == 0 or n == 0:
         return out
-    if isinstance(operand, DenseOperand):
-        _dense(x, operand.weight, bias, out)
-    elif tile is None and m > FUSED_ROWS:
-        _by_dequantizing(x, _segments(operand), bias, out)
-    else:
-        segments = _segments(operand)
-        widths = tuple(segment.bits for segment in segments)
-        _fused(x, segments, bias, out, tile or lookup(arch(x.device), num_sms(x.device), m, n, k, widths))
+    parts = _product(x, operand, bias, out, out.dtype, tile)
+    if parts.shape[0] > 1:
+        _add_up(parts, out)
     return out
+
+
+def matmul_parts_reference(
+    x: Tensor,
+    operand: Operand,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Compute the product as one part."""
+    return matmul_reference(x, operand, bias=bias, out_dtype=out_dtype)[None]
+
+
+def _check_matmul_parts(
+    x: Tensor,
+    operand: Operand,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> None:
+    _check_matmul(x, operand, bias=bias, out_dtype=out_dtype)
+
+
+@op(reference=matmul_parts_reference, check=_check_matmul_parts)
+def matmul_parts(
+    x: Tensor,
+    operand: Operand,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Multiply rows by a weight matrix and leave the last addition, over parts of K, to the reader.
+
+    Args:
+        x: [M, K] fp16 or bf16, rows contiguous, features in operand.order.
+        operand: the matrix, K to N.
+        bias: [N], in the first part.
+        out_dtype: element type of a result of one part, x's by default; several parts are fp32.
+        tile: forces a tile of the fused kernel, whatever M; by default the tile table decides.
+
+    Returns:
+        [S, M, N], whose sum over S, in that order, is the product.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: a dtype does not fit.
+    """
+    dtype = out_dtype or x.dtype
+    if x.shape[0] == 0 or operand.out_features == 0:
+        return torch.empty(1, x.shape[0], operand.out_features, dtype=dtype, device=x.device)
+    return _product(x, operand, bias, None, dtype, tile)

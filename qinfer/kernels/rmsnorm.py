@@ -1,7 +1,7 @@
 """Root-mean-square normalization, alone and fused with the addition of a block's output to the residual.
 
     rmsnorm      y = x * rsqrt(mean(x²) + eps) * weight
-    add_rmsnorm  residual += delta (in place); y as above of the new residual
+    add_rmsnorm  residual += delta (in place); y as above of the new residual; delta may be a product in parts over K
     both         out[..., j] = y[..., order[j]]
 
 Everything is computed in fp32 and rounded once, at the output. (transformers rounds to the input's dtype before it
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.parts import add_up, as_parts, load_sum
 
 MAX_WIDTH = 16384
+PART_BLOCK = 256  # features of a program that only adds
 
 
 def rmsnorm_reference(
@@ -43,7 +46,7 @@ def add_rmsnorm_reference(
     order: Tensor | None = None,
 ) -> Tensor:
     """Compute `add_rmsnorm` in plain torch."""
-    residual += delta
+    residual += add_up(delta)
     return rmsnorm_reference(residual, weight, eps=eps, out_dtype=out_dtype, order=order)
 
 
@@ -67,7 +70,9 @@ def _rmsnorm_kernel(
     eps,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     i_0 = i_row // (size_1 * size_2)
     i_1 = i_row // size_2 % size_1
@@ -75,8 +80,9 @@ def _rmsnorm_kernel(
     p_row = p_x + i_0 * stride_0 + i_1 * stride_1 + i_2 * stride_2
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
-    b_x = tl.load(p_row + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
+    b_x = tl.load(p_row + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_y = _normalize(b_x, b_weight, eps, C).to(p_out.dtype.element_ty)
     if p_order is not None:
         b_y = tl.gather(b_y, tl.load(p_order + o_c, mask=m_c, other=0), axis=0)
@@ -95,20 +101,40 @@ def _add_rmsnorm_kernel(
     eps,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     p_residual += i_row * stride_residual
     p_delta += i_row * stride_delta
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
-    b_x = tl.load(p_residual + o_c, mask=m_c, other=0.0) + tl.load(p_delta + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
+    b_x = tl.load(p_residual + o_c, mask=m_c, other=0.0) + tl.load(p_delta + o_c, mask=m_c, other=0.0).to(tl.float32)
     tl.store(p_residual + o_c, b_x, mask=m_c)
     b_y = _normalize(b_x, b_weight, eps, C).to(p_out.dtype.element_ty)
     if p_order is not None:
         # From registers, not from memory: a row that is overwritten while it is gathered would be a race.
         b_y = tl.gather(b_y, tl.load(p_order + o_c, mask=m_c, other=0), axis=0)
     tl.store(p_out + i_row * C + o_c, b_y, mask=m_c)
+
+
+# The distance of parts grows with the number of rows, and a kernel per divisibility of it would be compiled in serving.
+@triton.jit(do_not_specialize=["stride_part"])
+def _add_parts_kernel(
+    p_residual, p_delta, stride_residual, stride_delta, stride_part,
+    C: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
+    i_row = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < C
+    wait_for_inputs(OVERLAP)
+    p_x = p_residual + i_row * stride_residual + o_c
+    b_x = tl.load(p_x, mask=m_c, other=0.0)
+    b_x += load_sum(p_delta + i_row * stride_delta + o_c, stride_part, m_c, NUM_PARTS)
+    tl.store(p_x, b_x, mask=m_c)
 
 
 def _check_rmsnorm(
@@ -146,7 +172,7 @@ def _check_add_rmsnorm(
     check_shape("residual", residual, ("T", "C"))
     _check_rmsnorm(residual, weight, eps=eps, out_dtype=out_dtype, order=order)
     check_float("delta", delta.dtype)
-    check_shape("delta", delta, tuple(residual.shape))
+    check_shape("delta", delta, (*(("S",) if delta.ndim == 3 else ()), *residual.shape))
     check_rows("delta", delta)
     check_device(residual, delta=delta)
 
@@ -189,8 +215,9 @@ def rmsnorm(
         _, size_1, size_2 = (1,) * missing + tuple(x.shape[:-1])
         strides = (0,) * missing + x.stride()[:-1]
         _rmsnorm_kernel[(out.numel() // width,)](
-            x, weight, order, out, size_1, size_2, *strides, eps, C=width, BLOCK=block, num_warps=num_warps
-        )
+            x, weight, order, out, size_1, size_2, *strides, eps,
+            C=width, BLOCK=block, num_warps=num_warps, **overlap(x),
+        )  # fmt: skip
     return out
 
 
@@ -210,7 +237,8 @@ def add_rmsnorm(
 
     Args:
         residual: [T, C] fp32, last stride 1, rows apart; updated in place. C <= 16384.
-        delta: [T, C] fp16, bf16 or fp32, last stride 1; not the residual itself.
+        delta: [T, C] fp16, bf16 or fp32, last stride 1, or [S, T, C], parts that are added in fp32 in their order; not
+            the residual itself.
         weight: [C] fp16, bf16 or fp32.
         eps: added to the mean square.
         out_dtype: dtype of the result; None keeps that of the residual.
@@ -224,13 +252,21 @@ def add_rmsnorm(
         ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) an index is out of range.
     """
     num_rows, width = residual.shape
+    parts = as_parts(delta)
+    if parts.shape[0] > 1 and num_rows:
+        # A program that normalizes a row would read all of its parts through one multiprocessor: many add first.
+        _add_parts_kernel[(num_rows, triton.cdiv(width, PART_BLOCK))](
+            residual, delta, residual.stride(0), parts.stride(1), parts.stride(0),
+            C=width, NUM_PARTS=parts.shape[0], BLOCK=PART_BLOCK, **overlap(delta),
+        )  # fmt: skip
+        return rmsnorm.launch(residual, weight, eps=eps, out_dtype=out_dtype, order=order)
     out = torch.empty(
         (num_rows, width), dtype=residual.dtype if out_dtype is None else out_dtype, device=residual.device
     )
     if num_rows:
         block, num_warps = _tile(width)
-        strides = residual.stride(0), delta.stride(0)
         _add_rmsnorm_kernel[(num_rows,)](
-            residual, delta, weight, order, out, *strides, eps, C=width, BLOCK=block, num_warps=num_warps
-        )
+            residual, delta, weight, order, out, residual.stride(0), parts.stride(1), eps,
+            C=width, BLOCK=block, num_warps=num_warps, **overlap(delta),
+        )  # fmt: skip
     return out

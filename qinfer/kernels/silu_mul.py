@@ -1,4 +1,4 @@
-"""The gated activation of an MLP, on the merged output of its gate and up projections.
+"""The gated activation of an MLP, on the merged output of its gate and up projections, in parts over K or whole.
 
     y[t, f] = silu(gate_up[t, f]) * gate_up[t, F + f],    silu(g) = g / (1 + exp(-g))
     out[t, j] = y[t, order[j]]
@@ -16,64 +16,78 @@ from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.parts import add_up, as_parts, load_sum
 
 BLOCK = 1024
 
 
-def silu_mul_reference(gate_up: Tensor, *, order: Tensor | None = None) -> Tensor:
+def silu_mul_reference(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """Compute `silu_mul` in plain torch."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = add_up(gate_up).chunk(2, dim=-1)
     y = torch.nn.functional.silu(gate) * up
-    return (y if order is None else y.index_select(1, order)).to(gate_up.dtype)
+    return (y if order is None else y.index_select(1, order)).to(out_dtype or gate_up.dtype)
 
 
-@triton.jit
-def _silu_mul_kernel(p_x, p_order, p_out, stride_x, F: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["stride_part"])
+def _silu_mul_kernel(
+    p_x, p_order, p_out, stride_x, stride_part,
+    F: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
     i_t = tl.program_id(0).to(tl.int64)
     o_j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_j = o_j < F
     o_f = o_j
     if p_order is not None:
         o_f = tl.load(p_order + o_j, mask=m_j, other=0)
+    wait_for_inputs(OVERLAP)
     p_gate = p_x + i_t * stride_x + o_f
-    b_gate = tl.load(p_gate, mask=m_j, other=0.0).to(tl.float32)
-    b_up = tl.load(p_gate + F, mask=m_j, other=0.0).to(tl.float32)
+    b_gate = load_sum(p_gate, stride_part, m_j, NUM_PARTS)
+    b_up = load_sum(p_gate + F, stride_part, m_j, NUM_PARTS)
     b_y = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
     tl.store(p_out + i_t * F + o_j, b_y.to(p_out.dtype.element_ty), mask=m_j)
 
 
-def _check_silu_mul(gate_up: Tensor, *, order: Tensor | None = None) -> None:
+def _check_silu_mul(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.dtype | None = None) -> None:
     check_float("gate_up", gate_up.dtype)
-    check_shape("gate_up", gate_up, ("T", "2F"))
+    check_float("out_dtype", out_dtype or gate_up.dtype)
+    check_shape("gate_up", gate_up, (*(("S",) if gate_up.ndim == 3 else ()), "T", "2F"))
     check_rows("gate_up", gate_up)
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
+    width = gate_up.shape[-1]
+    if width % 2:
+        raise ValueError(f"gate_up must have an even number of columns, got {width}")
     check_device(gate_up, order=order)
     if order is not None:
-        check_index("order", order, gate_up.shape[1] // 2, stop=gate_up.shape[1] // 2)
+        check_index("order", order, width // 2, stop=width // 2)
 
 
 @op(reference=silu_mul_reference, check=_check_silu_mul)
-def silu_mul(gate_up: Tensor, *, order: Tensor | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """Multiply silu of the gate half with the up half.
 
     y = silu(gate_up[:, :F]) * gate_up[:, F:],  out[:, j] = y[:, order[j]]
 
     Args:
-        gate_up: [T, 2F] fp16, bf16 or fp32, last stride 1.
+        gate_up: [T, 2F] fp16, bf16 or fp32, last stride 1, or [S, T, 2F], parts that are added in fp32 in their order.
         order: [F] int32 (or int64) in [0, F), the input order of the next projection; None: 0, 1, 2 …
+        out_dtype: dtype of the result; None keeps that of gate_up.
 
     Returns:
-        [T, F] in gate_up.dtype, contiguous.
+        [T, F], contiguous.
 
     Raises:
         TypeError: a dtype is none of those above.
         ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) an index is out of range.
     """
-    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    parts = as_parts(gate_up)
+    num_parts, num_tokens, width = parts.shape[0], parts.shape[1], parts.shape[2] // 2
+    out = torch.empty((num_tokens, width), dtype=out_dtype or gate_up.dtype, device=gate_up.device)
     if out.numel():
         block = min(BLOCK, triton.next_power_of_2(width))
         grid = (num_tokens, triton.cdiv(width, block))
-        _silu_mul_kernel[grid](gate_up, order, out, gate_up.stride(0), F=width, BLOCK=block)
+        _silu_mul_kernel[grid](
+            gate_up, order, out, parts.stride(1), parts.stride(0),
+            F=width, NUM_PARTS=num_parts, BLOCK=block, **overlap(gate_up),
+        )  # fmt: skip
     return out

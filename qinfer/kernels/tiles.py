@@ -17,6 +17,10 @@ from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, step_k, tile_k
 # What a pipeline may take: with few rows so little that four programs fit a multiprocessor of a data-centre GPU, with
 # more rows what consumer GPUs have for one program, 99 KiB.
 FEW_ROWS_BYTES, SHARED_BYTES = 56 << 10, 88 << 10
+MIN_PART = 512  # features of K that a program keeps
+# Rows of a program. Without tensor cores that read their second operand from shared memory, more than 32 rows of sums
+# beside the unpacked weights do not fit the registers.
+MAX_ROWS = {"sm_90": 64, "sm_100": 64}
 TABLES = Path(__file__).parent / "tile_tables"
 
 
@@ -58,19 +62,22 @@ def _table(arch: str) -> dict[tuple[str, int, int, int, int], Tile]:
 def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
     """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits."""
     row = _table(arch).get(("matmul", widths[0], bucket(m), n, k)) if len(widths) == 1 else None
-    return row or rule(num_sms, m, n, k, widths)
+    return row or rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
 
 
-def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
+def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_rows: int = 64) -> Tile:
     """Return a reasonable tile for any shape.
 
     Few rows are bound by reading the weights, and what counts there is bytes in flight: about four programs per
-    multiprocessor, each with a short pipeline, beat fewer programs with long ones (benchmarks/LOG.md). So K is split
-    until the grid is that large, while every program keeps about two tiles of K. Codes of 3 and 5 bits come in long
-    steps; the pipeline is as deep as shared memory allows on every GPU.
+    multiprocessor, each with a short pipeline, beat fewer programs with long ones; with 16 rows and more, two programs
+    do (benchmarks/LOG.md). So K is split until the grid is that large, into a power of two, which cuts most matrices
+    evenly, and every program keeps 512 features. Codes of 3 and 5 bits come in long steps; the pipeline is as deep as
+    shared memory allows on every GPU. A program takes at most `max_rows` rows, half of that where the steps are long.
     """
-    block_m = min(max(16, 1 << (m - 1).bit_length()), 64)
-    block_n = 64 if n <= 64 * num_sms or max(step_k(bits) for bits in widths) > 2 * MIN_STEP else 128
+    has_long_steps = max(step_k(bits) for bits in widths) > 2 * MIN_STEP
+    block_m = min(max(16, 1 << (m - 1).bit_length()), max_rows // 2 if has_long_steps else max_rows)
+    is_narrow = has_long_steps or (n <= 64 * num_sms and any(bits != 4 for bits in widths))
+    block_n = 64 if is_narrow else 128
     fits = [
         (rows, columns, stages)
         for rows, columns in ((block_m, block_n), (block_m, 64), (block_m // 2, 64), (16, 64))
@@ -80,7 +87,8 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
     ]
     block_m, block_n, stages = fits[0]
     programs = -(-n // block_n) * -(-m // block_m)
-    split_k = max(1, min(round(4 * num_sms / programs), -(-k // 256), 16))
+    wanted = (4 if m <= 8 else 2) * num_sms // programs
+    split_k = max(1, min(1 << max(wanted, 1).bit_length() - 1, k // MIN_PART, 16))
     return Tile(block_m, block_n, split_k, 4 if block_m * block_n < 64 * 128 else 8, stages)
 
 

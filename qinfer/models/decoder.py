@@ -3,7 +3,8 @@
 The residual stream is fp32 whatever the dtype of the activations. A layer does not add its result to the residual; it
 hands it on as a delta, which the next norm adds while it reads the row anyway.
 
-    residual [T, C] fp32 · delta [T, C] fp32 · normalized rows and everything between two norms in the decoder's dtype
+    residual [T, C] fp32 · delta [S, T, C] fp32, a product in parts over K (`matmul_parts`)
+    normalized rows and everything between two norms in the decoder's dtype
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ class Block:
 
         Args:
             residual: [T, C] fp32, updated in place.
-            delta: [T, C] fp32, what the block before has yet to add; None in front of the first.
+            delta: [S, T, C] fp32, what the block before has yet to add, in parts; None in front of the first.
             batch: where the tokens stand.
             cache: pages of all layers.
 
         Returns:
-            [T, C] fp32, what this block has yet to add.
+            [S, T, C] fp32, what this block has yet to add, in parts.
         """
         x = self.attention_norm(residual, delta)
         delta = self.comm.all_reduce(self.attention(x, batch, cache))
@@ -163,7 +164,8 @@ class Decoder:
         # Rows ascend without repetition, so as many rows as tokens are all of them in order.
         if num_rows < residual.shape[0]:
             residual = gather_rows(residual, batch.logit_rows)
-            delta = None if delta is None else gather_rows(delta, batch.logit_rows)
+            if delta is not None:
+                delta = torch.stack([gather_rows(part, batch.logit_rows) for part in delta])
         logits = self.head(self.norm(residual, delta), out_dtype=torch.float32)
         return self.comm.all_gather(logits, dim=1)
 

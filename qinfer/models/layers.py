@@ -16,7 +16,7 @@ from torch import Tensor
 from qinfer.cache.paged import PagedKVCache
 from qinfer.kernels.attention import paged_attention
 from qinfer.kernels.gather import gather_columns, gather_rows
-from qinfer.kernels.matmul import matmul
+from qinfer.kernels.matmul import matmul, matmul_parts
 from qinfer.kernels.operand import Operand
 from qinfer.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from qinfer.kernels.rope import rope
@@ -61,6 +61,10 @@ class Linear:
         """
         return matmul(x, self.operand, bias=self.bias, out=out, out_dtype=out_dtype)
 
+    def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Multiply x [T, K] for an op that adds parts while it reads them: [S, T, N], see `matmul_parts`."""
+        return matmul_parts(x, self.operand, bias=self.bias, out_dtype=out_dtype)
+
 
 @dataclass(frozen=True)
 class MergedLinear:
@@ -99,6 +103,10 @@ class MergedLinear:
             order = part.order if self.order is None else None
             part(x if order is None else gather_columns(x, order), out=columns)
         return y
+
+    def in_parts(self, x: Tensor) -> Tensor:
+        """Multiply x [T, K] for an op that adds parts while it reads them: [S, T, sum of widths]."""
+        return self.parts[0].in_parts(x) if len(self.parts) == 1 else self(x)[None]
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
         """Cut an output [T, sum of widths] into one view per matrix that went in."""
@@ -148,7 +156,7 @@ class RMSNorm:
 
         Args:
             residual: [T, C] fp32; changed in place where there is a delta.
-            delta: [T, C] fp32, or None where nothing is pending.
+            delta: [S, T, C] fp32, parts of what is pending, or None where nothing is.
 
         Returns:
             [T, C] in `dtype` and `order`.
@@ -220,7 +228,7 @@ class Attention:
             cache: pages of all layers; those of this one are written.
 
         Returns:
-            [T, C] fp32.
+            [S, T, C], whose sum over S is the result.
         """
         q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv.split(self.qkv(x)))
         q = q if self.q_norm is None else self.q_norm(q)
@@ -238,7 +246,7 @@ class Attention:
             window=self.window,
             order=self.out.order,
         )
-        return self.out(mixed, out_dtype=torch.float32)
+        return self.out.in_parts(mixed, out_dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -249,5 +257,6 @@ class GatedMLP:
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, C] fp32 for x [T, C] in the order of `gate_up`."""
-        return self.down(silu_mul(self.gate_up(x), order=self.down.order), out_dtype=torch.float32)
+        """Return [S, T, C] fp32 for x [T, C] in the order of `gate_up`; the sum over S is the result."""
+        hidden = silu_mul(self.gate_up.in_parts(x), order=self.down.order, out_dtype=x.dtype)
+        return self.down.in_parts(hidden, out_dtype=torch.float32)

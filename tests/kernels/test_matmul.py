@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from qinfer.kernels import matmul as module
 from qinfer.kernels.dequant import dequantize
-from qinfer.kernels.matmul import matmul
+from qinfer.kernels.matmul import matmul, matmul_parts
 from qinfer.kernels.operand import FIELDS, DenseOperand
+from qinfer.kernels.parts import add_up
 from qinfer.kernels.tiles import Tile, bucket, lookup, rule
 from tests.compare import assert_close
 from tests.kernels.operands import plane_operand, segmented_operand
@@ -96,16 +97,27 @@ def test_segments_of_mixed_widths_match_reference(device: torch.device, m: int, 
 
 
 @pytest.mark.kernel
-def test_without_locks_the_parts_are_added_by_a_kernel_of_their_own(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_parts_add_up_to_the_product(device: torch.device, split_k: int) -> None:
     operand = plane_operand(512, 72, device=device)
     x = random_tensor(19, 512, seed=0, dtype=torch.float16).to(device)
     bias = random_tensor(72, seed=1, dtype=torch.float16).to(device)
-    tile = Tile(16, 64, 3, 4, 3)
-    expected = matmul.launch(x, operand, bias=bias, tile=tile)
-    monkeypatch.setattr(module, "is_amd_target", lambda tensor: True)
-    assert torch.equal(matmul.launch(x, operand, bias=bias, tile=tile), expected)
+    tile = Tile(16, 64, split_k, 4, 3)
+    parts = matmul_parts.launch(x, operand, bias=bias, out_dtype=torch.float32, tile=tile)
+    assert parts.shape == (split_k, 19, 72)
+    assert parts.dtype == torch.float32
+    product = matmul.launch(x, operand, bias=bias, out_dtype=torch.float32, tile=tile)
+    assert torch.equal(add_up(parts), product)
+    assert_close(product, matmul_parts.reference(x, operand, bias=bias, out_dtype=torch.float32)[0], torch.float16)
+
+
+@pytest.mark.kernel
+def test_one_part_has_the_dtype_of_the_result(device: torch.device) -> None:
+    operand = plane_operand(256, 64, device=device)
+    x = random_tensor(3, 256, seed=0, dtype=torch.float16).to(device)
+    tile = Tile(16, 64, 1, 4, 3)
+    assert matmul_parts.launch(x, operand, tile=tile).dtype == torch.float16
+    assert matmul_parts.launch(x[:0], operand).shape == (1, 0, 64)
 
 
 def test_segments_must_fit_each_other() -> None:

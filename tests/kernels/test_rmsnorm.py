@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qinfer.kernels.parts import add_up
 from qinfer.kernels.rmsnorm import MAX_WIDTH, add_rmsnorm, rmsnorm
 from tests.compare import assert_close
 from tests.strategies import random_tensor, seeds
@@ -96,6 +97,18 @@ def test_add_on_strided_rows_leaves_the_rest_alone(body, device):
     assert torch.equal(wide[:, 5:45], before[:, 5:45] + delta)
     assert torch.equal(wide[:, :5], before[:, :5])
     assert torch.equal(wide[:, 45:], before[:, 45:])
+
+
+@pytest.mark.parametrize("body", ADDING)
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+def test_add_takes_a_product_in_parts(body, num_parts, device):
+    residual, weight = random_tensor(3, 70, seed=8).to(device), random_tensor(70, seed=9).to(device)
+    parts = random_tensor(num_parts, 3, 70, seed=10).to(device)
+    expected_residual = residual.clone()
+    expected = body(expected_residual, add_up(parts), weight, eps=1e-6)
+    actual = body(residual, parts, weight, eps=1e-6)
+    assert torch.equal(residual, expected_residual)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("body", ALONE)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qinfer.kernels.parts import add_up
 from qinfer.kernels.silu_mul import silu_mul
 from tests.compare import assert_close
 from tests.strategies import FLOAT_DTYPES, random_tensor, seeds
@@ -44,6 +45,15 @@ def test_by_hand(body, device):
     assert_close(body(gate_up).cpu(), expected)
     order = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
     assert_close(body(gate_up, order=order).cpu(), expected[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+def test_takes_a_product_in_parts(body, num_parts, device):
+    parts = random_tensor(num_parts, 3, 90, seed=2).to(device)
+    actual = body(parts, out_dtype=torch.float16)
+    assert actual.dtype == torch.float16
+    assert torch.equal(actual, body(add_up(parts)).half())
 
 
 @pytest.mark.parametrize("body", BODIES)

@@ -1,0 +1,80 @@
+"""Overlap across kernel boundaries: a kernel may start while the one before it still runs (NVIDIA, from sm_90 on).
+
+A kernel that takes part (programmatic dependent launch) follows three rules:
+- `wait_for_inputs` comes before the first access to anything that another kernel writes or reads, and every program
+  runs it: it returns when the kernel before has finished, and because that one waited too, everything before it has.
+  Constants (weights, scales, tables) may be read, or fetched into the L2 cache, ahead of it.
+- `let_next_start` says that the next kernel may take the multiprocessors that this one leaves free. A kernel of few
+  programs says it at once. One that fills the GPU says it behind its main loop: said earlier, programs of the next
+  kernel sit where its own last programs could run (benchmarks/LOG.md).
+- The launch passes `**overlap(x)`, which holds OVERLAP for the kernel and the option for the driver.
+
+Elsewhere OVERLAP is False and a kernel starts when the one before has finished, as always.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qinfer.env import settings
+from qinfer.kernels.device import arch
+
+FIRST_ARCH = 90  # Hopper
+CHUNK = tl.constexpr(512)  # bytes that one thread fetches
+
+
+@cache
+def _options(name: str) -> dict[str, bool]:
+    """Return what a launch on an architecture adds to its arguments."""
+    if name.startswith("sm_") and int(name[3:]) >= FIRST_ARCH:
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+def overlap(tensor: Tensor) -> dict[str, bool]:
+    """Return the arguments of a launch on this tensor's device that decide whether the kernel overlaps with others."""
+    return _options("cpu" if settings().interpret else arch(tensor.device))
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Wait until everything that earlier kernels wrote can be read, and overwritten."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """Let the next kernel start as soon as every program of this one has come here or ended."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def fetch(p_chunks, m_chunks):
+    """Bring chunks of CHUNK bytes into the L2 cache, without waiting for them.
+
+    Args:
+        p_chunks: [number of threads] addresses, multiples of 16 bytes; with fewer, threads repeat each other.
+        m_chunks: which of them to fetch.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred %wanted;
+            setp.ne.u32 %wanted, $2, 0;
+            @%wanted cp.async.bulk.prefetch.L2.global [$1], 512;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [p_chunks.to(tl.int64), m_chunks.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
