@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qinfer.bench import load, matmul
+from qinfer.bench import load, matmul, sample
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -17,3 +17,4 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     ops = parser.add_subparsers(dest="op", required=True, metavar="OP")
     matmul.add_parser(ops)
     load.add_parser(ops)
+    sample.add_parser(ops)

@@ -11,8 +11,9 @@ CDF in the order of the ids: the first i with w_0 + … + w_i > floor(u · sum),
 
 A row is cut into chunks. Kernel 1 finds their largest logits; kernel 2 sums their weights and puts every token into one
 of 2,048 buckets by t, each with a count and a sum of weights; kernel 3 lists the tokens of the few buckets in which the
-cut of top-k or top-p can lie; kernel 4, one program per row, finds the cut exactly by bisection over that list, sums
-the chunks of what is left and draws. Atomics add integers only.
+cut of top-k or top-p can lie, and of those before where they are few; kernel 4, one program per row, finds the cut
+exactly by bisection over that list and draws from the list if everything left is on it, else from the chunks, which it
+sums again. Atomics add integers only.
 
 Limits: V < 2^19, because sums of weights have to stay below 2^63. Tokens less likely than 2^-45 of the likeliest are
 never drawn.
@@ -40,11 +41,13 @@ _POWERS = (
 )  # fmt: skip
 
 CHUNK = 4096
+BLOCK = 2048  # listed tokens that one program holds in registers
 NUM_BUCKETS = 2048
 NUM_COLUMNS = tl.constexpr(len(COLUMNS))
 PER_HALVING = tl.constexpr(44.0)  # buckets for a factor of two; 45 factors of two are all that have a weight
 ID_BITS = tl.constexpr(19)
 LAST_ID = tl.constexpr((1 << 19) - 1)
+TOP_ID_BIT = tl.constexpr(1 << 18)
 LOWEST_KEY = tl.constexpr(-(1 << 31))
 RANK_BITS = tl.constexpr(32 + 19)
 TOP_RANK_BIT = tl.constexpr(1 << 50)
@@ -166,8 +169,9 @@ def _is_active(b_peak, b_rate):
 
 
 @triton.jit
-def _buckets(p_histogram, b_top_k, b_top_p, BUCKETS: tl.constexpr):
-    # The buckets lo..hi hold every token at which top-k or top-p can cut; what lies before lo is kept.
+def _buckets(p_histogram, b_top_k, b_top_p, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):
+    # The buckets lo..hi hold every token at which top-k or top-p can cut; what lies before lo is kept. lo is 0 where a
+    # block holds all tokens up to hi.
     o_b = tl.arange(0, BUCKETS)
     b_counts = tl.load(p_histogram + o_b)
     b_sums = tl.load(p_histogram + BUCKETS + o_b)
@@ -180,6 +184,7 @@ def _buckets(p_histogram, b_top_k, b_top_p, BUCKETS: tl.constexpr):
     b_needed = tl.maximum(tl.ceil(b_top_p * b_least.to(tl.float64)).to(tl.int64), 1)
     i_lo = tl.where(b_top_p < 1.0, tl.minimum(tl.sum((b_sum < b_needed).to(tl.int32), 0), i_hi), i_hi)
     i_hi = tl.where(b_top_k > 0, i_hi, i_lo)
+    i_lo = tl.where(tl.sum(tl.where(o_b <= i_hi, b_counts, 0), 0) <= BLOCK, 0, i_lo)
     b_count_above = tl.sum(tl.where(o_b < i_lo, b_counts, 0), 0)
     b_sum_above = tl.sum(tl.where(o_b < i_lo, b_sums, 0), 0)
     return i_lo, i_hi, b_count_above, b_sum_above, tl.sum(b_sums, 0)
@@ -223,6 +228,42 @@ def _find_cut(p_logits, p_list, b_num, b_peak, b_rate, b_needed, WEIGHTED: tl.co
         b_cut = tl.where(b_mass >= b_needed, b_trial, b_cut)
         b_bit = b_bit >> 1
     return b_cut
+
+
+@triton.jit
+def _draw_listed(p_logits, p_list, b_num, b_peak, b_rate, b_cut, b_floor, b_uniform, BLOCK: tl.constexpr):
+    # The draw where the first block of the list is all there is: the largest id before which at most the target lies,
+    # bit by bit.
+    o_n = tl.arange(0, BLOCK)
+    o_v = tl.load(p_list + o_n, mask=o_n < b_num, other=0)
+    b_rank, b_w = _candidates(p_logits, p_list, o_n, b_num, b_peak, b_rate)
+    b_kept = tl.where((b_rank >= b_cut) & (b_w.to(tl.float64) >= b_floor), b_w, 0)
+    b_target = (b_uniform * tl.sum(b_kept, 0).to(tl.float64)).to(tl.int64)
+    b_id = b_num * 0
+    b_bit = b_id + TOP_ID_BIT
+    for _ in range(ID_BITS):
+        b_before = tl.sum(tl.where(o_v < b_id + b_bit, b_kept, 0), 0)
+        b_id = tl.where(b_before <= b_target, b_id + b_bit, b_id)
+        b_bit = b_bit >> 1
+    return b_id
+
+
+@triton.jit
+def _draw_from_chunks(
+    p_logits, b_sums, b_peak, b_rate, b_cut, b_floor, b_uniform, b_active, V, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # The draw from sums of chunks: the chunk in which the target lies, then the place in it.
+    o_c = tl.arange(0, BLOCK_C)
+    b_reached = tl.cumsum(b_sums, 0)
+    b_target = (b_uniform * tl.sum(b_sums, 0).to(tl.float64)).to(tl.int64)
+    i_chunk = tl.sum((b_reached <= b_target).to(tl.int32), 0)
+    b_before = tl.sum(tl.where(o_c < i_chunk, b_sums, 0), 0)
+    o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_x = tl.load(p_logits + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
+    b_w, _ = _weights(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
+    m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
+    b_reached = b_before + tl.cumsum(tl.where(m_kept, b_w, 0), 0)
+    return i_chunk * CHUNK + tl.sum((b_reached <= b_target).to(tl.int32), 0)
 
 
 @triton.jit
@@ -277,7 +318,7 @@ def _sample_histogram_kernel(
 @triton.jit
 def _sample_candidates_kernel(
     p_logits, p_table, p_peaks, p_histogram, p_lists, V, stride_row, num_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(1)
@@ -287,7 +328,7 @@ def _sample_candidates_kernel(
     b_rate, b_top_k, b_top_p = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
     if _is_active(b_peak, b_rate) & ((b_top_k > 0.0) | (b_top_p < 1.0)):
         p_row_histogram = p_histogram + i_row * (2 * BUCKETS + 1)
-        i_lo, i_hi, _, _, _ = _buckets(p_row_histogram, b_top_k.to(tl.int64), b_top_p, BUCKETS)
+        i_lo, i_hi, _, _, _ = _buckets(p_row_histogram, b_top_k.to(tl.int64), b_top_p, BUCKETS, BLOCK)
         o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
         b_x = tl.load(p_logits + i_row * stride_row + o_v, mask=o_v < V, other=float("-inf"))
         b_w, b_bucket = _weights(b_x, b_peak, b_rate)
@@ -316,11 +357,14 @@ def _sample_draw_kernel(
     b_active = _is_active(b_peak, b_rate)
     b_sums = tl.load(p_sums + i_row * num_chunks + o_c, mask=o_c < num_chunks, other=0)
     b_cut = tl.sum(b_sums * 0, 0)
+    b_drawn = b_cut.to(tl.int32) - 1
     if FILTERED:  # noqa: SIM102 - a constant cannot be joined with a number of the device
         if b_active & ((b_top_k > 0.0) | (b_top_p < 1.0)):
             p_row_histogram = p_histogram + i_row * (2 * BUCKETS + 1)
             p_list = p_lists + i_row * V
-            _lo, _hi, b_count, b_sum, b_total = _buckets(p_row_histogram, b_top_k.to(tl.int64), b_top_p, BUCKETS)
+            i_lo, _hi, b_count, b_sum, b_total = _buckets(
+                p_row_histogram, b_top_k.to(tl.int64), b_top_p, BUCKETS, BLOCK
+            )
             b_num = tl.load(p_row_histogram + 2 * BUCKETS).to(tl.int32)
             if b_top_k > 0.0:
                 b_needed = b_top_k.to(tl.int64) - b_count
@@ -329,22 +373,19 @@ def _sample_draw_kernel(
             if b_top_p < 1.0:
                 b_needed = tl.ceil(b_top_p * b_total.to(tl.float64)).to(tl.int64) - b_sum
                 b_cut = _find_cut(p_row_logits, p_list, b_num, b_peak, b_rate, b_needed, True, BLOCK)
-            for i_chunk in range(num_chunks):
-                o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
-                b_x = tl.load(p_row_logits + o_v, mask=o_v < V, other=float("-inf"))
-                b_w, _ = _weights(b_x, b_peak, b_rate)
-                m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
-                b_sums = tl.where(o_c == i_chunk, tl.sum(tl.where(m_kept, b_w, 0), 0), b_sums)
-    b_reached = tl.cumsum(b_sums, 0)
-    b_target = (b_uniform * tl.sum(b_sums, 0).to(tl.float64)).to(tl.int64)
-    i_chunk = tl.sum((b_reached <= b_target).to(tl.int32), 0)
-    b_before = tl.sum(tl.where(o_c < i_chunk, b_sums, 0), 0)
-    o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    b_x = tl.load(p_row_logits + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
-    b_w, _ = _weights(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
-    m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
-    b_reached = b_before + tl.cumsum(tl.where(m_kept, b_w, 0), 0)
-    b_drawn = i_chunk * CHUNK + tl.sum((b_reached <= b_target).to(tl.int32), 0)
+            if (i_lo == 0) & (b_num <= BLOCK):
+                b_drawn = _draw_listed(p_row_logits, p_list, b_num, b_peak, b_rate, b_cut, b_floor, b_uniform, BLOCK)
+            else:
+                for i_chunk in range(num_chunks):
+                    o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
+                    b_x = tl.load(p_row_logits + o_v, mask=o_v < V, other=float("-inf"))
+                    b_w, _ = _weights(b_x, b_peak, b_rate)
+                    m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
+                    b_sums = tl.where(o_c == i_chunk, tl.sum(tl.where(m_kept, b_w, 0), 0), b_sums)
+    if b_drawn < 0:
+        b_drawn = _draw_from_chunks(
+            p_row_logits, b_sums, b_peak, b_rate, b_cut, b_floor, b_uniform, b_active, V, CHUNK, BLOCK_C
+        )  # fmt: skip
     b_id = tl.where(b_active, b_drawn, tl.where((b_peak > float("-inf")) & (b_peak < float("inf")), b_best, -1))
     tl.store(p_ids + i_row, b_id.to(tl.int64))
 
@@ -400,7 +441,8 @@ def sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
     _sample_peaks_kernel[grid](logits, peaks, bests, histogram, *sizes, num_warps=8, **shape)
     _sample_histogram_kernel[grid](logits, table, peaks, histogram, sums, *sizes, num_warps=8, **exact)
     if filtered:
-        _sample_candidates_kernel[grid](logits, table, peaks, histogram, lists, *sizes, num_warps=8, **exact)
+        listing = (logits, table, peaks, histogram, lists, *sizes)
+        _sample_candidates_kernel[grid](*listing, BLOCK=BLOCK, num_warps=8, **exact)
     first = (logits, table, peaks, bests, histogram, lists, sums, ids, *sizes)
-    _sample_draw_kernel[(num_rows,)](*first, FILTERED=filtered, BLOCK=2048, num_warps=16, **exact)
+    _sample_draw_kernel[(num_rows,)](*first, FILTERED=filtered, BLOCK=BLOCK, num_warps=16, **exact)
     return ids

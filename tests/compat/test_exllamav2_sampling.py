@@ -175,6 +175,11 @@ def test_sample_basic_xtc() -> None:
     found = drawn(LOGITS, top=6, xtc_probability=1.0, xtc_threshold=0.12, xtc_mask=mask)
     assert sorted(found["kp"][0, 0].tolist())[0] == 0
     assert found["kt"][0, 0, -1] == 0
+    # The mask is looked up by token, also where top-k has left three in another order.
+    mask = torch.tensor([True, True, True, True, False, True])
+    found = drawn(LOGITS[..., order], top=3, top_k=3, xtc_probability=1.0, xtc_threshold=0.1, xtc_mask=mask)
+    assert dict(zip(found["kt"][0, 0].tolist(), found["kp"][0, 0].tolist(), strict=True))[3] == 0
+    assert found["kp"][0, 0, 0].item() == 1
 
 
 def test_sample_basic_mirostat() -> None:

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from qinfer.engine.draft import NgramDraft
 from qinfer.engine.job import Completion
-from qinfer.engine.sampling import SamplingParams
+from qinfer.engine.sampling import SamplerState, SamplingParams
+from qinfer.engine.sequence import Sequence
 from qinfer.errors import NonFiniteLogits
 from tests.engine.mock import POISON, TOKENIZER, MockModel, expected, generator, is_idle
 
@@ -119,6 +120,21 @@ def test_drafts_with_banned_strings_and_stops() -> None:
             assert first == second
             accepted += second.accepted_tokens
     assert accepted > 20
+
+
+def test_penalties_forget_wrong_drafts() -> None:
+    params = SamplingParams(temperature=0, presence_penalty=0.5)
+    one = Sequence(0, (1, 2), params, SamplerState(params, (1, 2)), drafter=NgramDraft(4), drafts=[7, 8])
+    one.num_computed = 4
+    # Every row sees the drafts before it, and the next step none of the wrong ones.
+    assert [sorted(row.edits.ids.tolist()) for row in one.rows()] == [[1, 2], [1, 2, 7], [1, 2, 7, 8]]
+    assert one.accept([7, 5, 6])
+    assert (one.generated, one.drafts, one.num_computed) == ([7, 5], [], 3)
+    assert [sorted(row.edits.ids.tolist()) for row in one.rows()] == [[1, 2, 5, 7]]
+    assert (one.drafter.num_drafted, one.drafter.num_accepted) == (2, 1)
+    one.drafts = [8]
+    assert not one.accept([-1, 3])
+    assert (one.generated, one.drafter.num_accepted) == ([7, 5], 1)
 
 
 def test_bad_logits_behind_a_draft_end_the_request_where_they_are() -> None:

@@ -108,6 +108,28 @@ def test_generated_text_is_shared_too() -> None:
     assert second.cached_tokens == 8
 
 
+def test_rewound_sequence_leaves_its_pages_to_others() -> None:
+    world = World(num_pages=20, max_step_tokens=40)
+    one = world.submit([1, 2], 14)
+    while one.num_published < 2:
+        world.step()
+    text = (*one.prompt, *one.generated)[:8]
+    sharing = world.submit([*text, 1], 8)
+    world.step()
+    assert sharing.pages[:2] == one.pages[:2]
+    # From the fifth token on everything is another.
+    world.turned.add(text[:4])
+    world.scheduler.rewind(one, 2)
+    world.drain()
+    assert (*one.prompt, *one.generated)[:5] == (*text[:4], text[4] + 3)
+    # What is known under the keys of both texts is what their pages hold.
+    for ids in (text, (*one.prompt, *one.generated)[:12]):
+        reader = world.submit([*ids, 2], 1)
+        world.step()
+        assert reader.cached_tokens == len(ids)
+        world.drain()
+
+
 def test_failure_leaves_nothing_behind() -> None:
     world = World(num_pages=20, max_step_tokens=40)
     first = world.submit(range(10), 4)

@@ -41,7 +41,7 @@ def agree(logits: Tensor, columns: Tensor, device: torch.device, *, filtered: bo
 @kernel
 def test_every_kind_of_row_at_once(device: torch.device) -> None:
     """Two chunks and a rest; ties, filters of all widths, greedy and broken rows side by side."""
-    logits = torch.randn(10, 8300) * 4
+    logits = torch.randn(12, 8300) * 4
     logits[:, 8200:] = logits[:, :100]
     logits[1, 8299] = logits[1].max() + 1
     logits[3, 8250] = NAN
@@ -59,6 +59,8 @@ def test_every_kind_of_row_at_once(device: torch.device) -> None:
         (2.0, 9000, 0.99, 0.0, 0.6),
         (0.0, 0, 1.0, 0.0, 0.0),
         (1e-9, 7, 0.3, 1.0, 0.5),
+        (4.0, 0, 0.9, 0.0, 0.6),  # more tokens before the cut than registers hold
+        (1.5, 40, 1.0, 0.4, 0.999),  # min-p cuts what top-k has left
     )
     ids = agree(logits, columns, device)
     assert [i for i, token in enumerate(ids) if token == -1] == [3, 4, 8]
@@ -72,6 +74,16 @@ def test_equal_tokens_fill_more_than_a_block(device: torch.device) -> None:
     logits = torch.zeros(1, 3000)
     logits[:, ::3] = -0.0
     assert agree(logits, table((1.0, 2900, 0.8, 0.0, 1 - 2**-53)), device) == [2319]
+
+
+@kernel
+def test_target_at_a_border(device: torch.device) -> None:
+    """The first token whose sum exceeds the target, not the one that reaches it."""
+    logits = torch.zeros(2, 40)
+    logits[:, 5::5] = 3.0
+    columns = table((1.0, 4, 1.0, 0.0, 0.0), (1.0, 4, 1.0, 0.0, 0.5))
+    assert agree(logits, columns, device) == [5, 15]
+    assert agree(logits, table((1.0, 0, 1.0, 1.0, 0.0), (1.0, 0, 1.0, 1.0, 2 / 7)), device, filtered=False) == [5, 15]
 
 
 @kernel
