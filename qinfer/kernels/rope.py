@@ -42,7 +42,7 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
 
 
 @triton.jit
-def _rotate_heads(
+def rotate_heads(
     p_x,
     stride_head,
     i_head,
@@ -98,7 +98,7 @@ def _rope_kernel(
     b_sin = tl.load(p_sin + i_position * stride_sin + o_i, mask=m_i, other=0.0)[None, :]
     num_q_blocks: tl.constexpr = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
     if i_block < num_q_blocks:
-        _rotate_heads(
+        rotate_heads(
             p_q + i_t * stride_q_token,
             stride_q_head,
             i_block * BLOCK_HEADS,
@@ -111,7 +111,7 @@ def _rope_kernel(
             BLOCK_HEADS,
         )
     else:
-        _rotate_heads(
+        rotate_heads(
             p_k + i_t * stride_k_token,
             stride_k_head,
             (i_block - num_q_blocks) * BLOCK_HEADS,

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qinfer.kernels import attention
 from qinfer.kernels.attention import paged_attention
+from qinfer.kernels.attention_tiles import MAX_SPLITS, choose_splits, choose_tiles
+from qinfer.kernels.kv_codec import KVPages
 from tests.compare import assert_close
 from tests.strategies import random_tensor, seeds
 
@@ -38,8 +39,9 @@ class Case:
         return self.query_starts.diff().tolist()
 
     @property
-    def args(self) -> tuple[Tensor, ...]:
-        return self.q, self.k_pages, self.v_pages, self.page_table, self.query_starts, self.context_lens
+    def args(self) -> tuple[Tensor | KVPages, ...]:
+        pages = KVPages.plain(self.k_pages), KVPages.plain(self.v_pages)
+        return self.q, *pages, self.page_table, self.query_starts, self.context_lens
 
     @property
     def options(self) -> dict[str, float]:
@@ -258,23 +260,23 @@ def test_splits_do_not_change_the_result(seed, context_lens, data, device):
     itemsize=st.sampled_from([2, 4]),
 )
 def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize):
-    tiles = attention._tiles(max_query_len, group, head_dim, page_size, itemsize)
+    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize)
     assert tiles.block_m >= max(16, group)
     assert tiles.block_n >= 16
     assert page_size % tiles.block_n == 0
 
 
 def test_splits_fill_the_device_and_no_more(device):
-    assert attention._num_splits(1, 1000, device) <= attention.MAX_SPLITS
-    assert attention._num_splits(1, 3, device) == 3
-    assert attention._num_splits(10_000, 1000, device) == 1
-    assert attention._num_splits(1, 0, device) == 1
+    assert choose_splits(1, 1000, device) <= MAX_SPLITS
+    assert choose_splits(1, 3, device) == 3
+    assert choose_splits(10_000, 1000, device) == 1
+    assert choose_splits(1, 0, device) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"v_pages": torch.zeros(9, 2, 16, 16)}, ValueError, r"v_pages must be"),
+        ({"v_pages": KVPages.plain(torch.zeros(9, 2, 16, 16))}, ValueError, r"v_pages must be"),
         ({"context_lens": torch.zeros(1)}, TypeError, r"context_lens must be torch.int32, got torch.float32"),
         ({"query_starts": torch.zeros(3, dtype=torch.int32)}, ValueError, r"query_starts must be \[2\], got \[3\]"),
         ({"q": torch.zeros(1, 3, 32)}, ValueError, r"multiple of KV heads, got 3 and 2"),
@@ -282,6 +284,7 @@ def test_splits_fill_the_device_and_no_more(device):
         ({"order": torch.zeros(127, dtype=torch.int32)}, ValueError, r"order must be \[128\], got \[127\]"),
         ({"window": 0}, ValueError, r"window must be at least 1, got 0"),
         ({"splits": 0}, ValueError, r"splits must be at least 1, got 0"),
+        ({"splits": 33}, ValueError, r"splits must be at most 32, got 33"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):
