@@ -1,4 +1,4 @@
-"""The weight functions of ExLlamaV2's compiled extension `exllamav2_ext`: same names, argument orders and checks.
+"""Functions of ExLlamaV2's compiled extension `exllamav2_ext` on weights and caches: same names, orders and checks.
 
     from qinfer.compat import exllamav2_ext as ext_c
 
@@ -15,6 +15,14 @@ reported as an error that is both RuntimeError, as in the compiled module, and V
 
 from __future__ import annotations
 
+from qinfer.compat.ext_cache import (
+    cache_rotate,
+    count_match,
+    fp8_to_fp16,
+    fp16_to_fp8,
+    fp16_to_q_kv,
+    q_to_fp16_kv,
+)
 from qinfer.compat.ext_matrix import (
     free_q_matrix,
     gemm_half_half_half,
@@ -36,6 +44,11 @@ from qinfer.compat.ext_packing import (
 )
 
 __all__ = [
+    "cache_rotate",
+    "count_match",
+    "fp8_to_fp16",
+    "fp16_to_fp8",
+    "fp16_to_q_kv",
     "free_q_matrix",
     "gemm_half_half_half",
     "gemm_half_q_half",
@@ -47,6 +60,7 @@ __all__ = [
     "matrix_q4_to_fp16",
     "pack_columns",
     "pack_rows_4",
+    "q_to_fp16_kv",
     "reconstruct",
     "stloader_read",
     "tensor_remap",
