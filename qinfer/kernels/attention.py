@@ -33,12 +33,14 @@ from torch import Tensor
 from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, reduce_if_last
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
-from qinfer.kernels.device import is_amd_target, op
+from qinfer.kernels.device import is_amd_target, is_ptx_target, op
 from qinfer.kernels.kv_codec import KVPages, run_length
 from qinfer.kernels.kv_tile import has_scales, is_packed, is_rotated, join_pairs, load_rows, rotate, split_pairs
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
+# Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills.
+REGISTERS = {"maxnreg": 255}
 LOG2_E = 1.4426950408889634
 
 
@@ -408,6 +410,7 @@ def paged_attention(
     if splits is None:
         num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
         splits = choose_splits(num_blocks * num_kv_heads, num_keys // tiles.block_n, q.device)
+    is_coded = not k_pages.codec.scheme == v_pages.codec.scheme == "plain"
     has_locks = tiles.block_m == 16 and num_blocks * num_kv_heads <= MAX_LOCKS and not is_amd_target(q)
     parts = lse = locks = None
     if splits > 1:
@@ -424,6 +427,7 @@ def paged_attention(
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **(REGISTERS if is_coded and is_ptx_target(q) else {}),
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:
         add_runs(parts, lse, order, out)
