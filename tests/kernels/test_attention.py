@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qinfer.kernels.attention import paged_attention
+from qinfer.kernels.attention_reduce import locks_of
 from qinfer.kernels.attention_tiles import MAX_SPLITS, choose_splits, choose_tiles
 from qinfer.kernels.kv_codec import KVPages
 from tests.compare import assert_close
@@ -187,6 +188,14 @@ def test_padding_gives_zeros(body, device):
         out = body(*case.args, **case.options, splits=splits)
         assert torch.equal(out[0], torch.zeros_like(out[0]))
         assert (out[1] != 0).all()
+
+
+@pytest.mark.kernel
+def test_arrival_counters_are_left_at_zero(device):
+    case = make_case([1, 1, 1], [40, 0, 17], device)
+    first, second = (paged_attention.launch(*case.args, **case.options, splits=3) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not locks_of(case.q.device).any()
 
 
 @pytest.mark.parametrize("body", BODIES)
