@@ -292,6 +292,9 @@ def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
     d, width, batch = HALVES[half], -(-step.context // PAGE_SIZE), len(step.queries)
     compiled = step.compiled and (half == "fp16") == (s is LLAMA) and (window is None or s is LLAMA)
     compiled = compiled and (not order or step is STEPS[0])
+    # One pair of codecs has one of each kind; the others differ little from it outside of decode.
+    if variant.codecs is not None:
+        compiled = compiled and s is LLAMA and (step is STEPS[0] or variant.codecs == ("q8", "q4"))
     keys, values = variant.codecs or (half, half)
 
     @case("paged_attention", name, compiled=compiled)

@@ -403,14 +403,15 @@ def paged_attention(
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
-    tiles = choose_tiles(max_query_len, group, head_dim, page_size, _element_size(q, k_pages, v_pages))
+    is_coded = not k_pages.codec.scheme == v_pages.codec.scheme == "plain"
+    itemsize = _element_size(q, k_pages, v_pages)
+    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, is_coded=is_coded)
     block_q = tiles.block_m // group
     one_block = max_query_len <= block_q
     num_blocks = num_seqs if one_block else num_tokens // block_q + num_seqs
     if splits is None:
         num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
         splits = choose_splits(num_blocks * num_kv_heads, num_keys // tiles.block_n, q.device)
-    is_coded = not k_pages.codec.scheme == v_pages.codec.scheme == "plain"
     has_locks = tiles.block_m == 16 and num_blocks * num_kv_heads <= MAX_LOCKS and not is_amd_target(q)
     parts = lse = locks = None
     if splits > 1:

@@ -21,7 +21,9 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(max_query_len: int, group: int, head_dim: int, page_size: int, itemsize: int) -> Tiles:
+def choose_tiles(
+    max_query_len: int, group: int, head_dim: int, page_size: int, itemsize: int, *, is_coded: bool
+) -> Tiles:
     """Choose tiles that fit 99 KiB of shared memory and 255 registers on every NVIDIA target, 64 KiB on AMD.
 
     Args:
@@ -29,7 +31,8 @@ def choose_tiles(max_query_len: int, group: int, head_dim: int, page_size: int, 
         group: Query heads per KV head.
         head_dim: D.
         page_size: Tokens per page, a multiple of 16.
-        itemsize: Bytes per element of the pages.
+        itemsize: Bytes per number that the products take.
+        is_coded: Pages are decoded in registers, which leaves fewer of them to tiles.
     """
     rows = max_query_len * group
     if itemsize == 4:  # exact fp32 products run on the plain ALUs and keep their operands in registers
@@ -42,6 +45,8 @@ def choose_tiles(max_query_len: int, group: int, head_dim: int, page_size: int, 
         tiles = Tiles(32, 64, 4, 3)
     else:
         tiles = Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
+    if is_coded and rows > 16:
+        tiles = tiles._replace(block_n=min(tiles.block_n, 32), num_stages=min(tiles.num_stages, 2))
     # Every stage but the one in registers is a buffer of keys and one of values; there is less room for them on AMD.
     # The largest power of two that divides the page size bounds a tile that lies in one page.
     num_stages = min(tiles.num_stages, 2) if torch.version.hip is not None else tiles.num_stages

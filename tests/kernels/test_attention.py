@@ -267,9 +267,10 @@ def test_splits_do_not_change_the_result(seed, context_lens, data, device):
     head_dim=st.integers(1, 256),
     page_size=st.integers(1, 32).map(lambda n: 16 * n),
     itemsize=st.sampled_from([2, 4]),
+    is_coded=st.booleans(),
 )
-def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize):
-    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize)
+def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize, is_coded):
+    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, is_coded=is_coded)
     assert tiles.block_m >= max(16, group)
     assert tiles.block_n >= 16
     assert page_size % tiles.block_n == 0
