@@ -36,6 +36,7 @@ from qinfer.kernels.checks import check_device, check_float, check_rows, check_s
 from qinfer.kernels.device import is_amd_target, is_ptx_target, op
 from qinfer.kernels.kv_codec import KVPages, run_length
 from qinfer.kernels.kv_tile import has_scales, is_packed, is_rotated, join_pairs, load_rows, rotate, split_pairs
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -189,11 +190,11 @@ def _paged_attention_kernel(
     K_SCHEME: tl.constexpr, V_SCHEME: tl.constexpr, RUN: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     IS_SPLIT: tl.constexpr,
-    HAS_LOCKS: tl.constexpr,  # the last program of a block to arrive adds up its runs
-    HAS_ORDER: tl.constexpr,
+    HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,  # the last program of a block to arrive adds up its runs
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # every sequence fits one query block
+    ONE_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,  # every sequence fits one query block
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     DTYPE: tl.constexpr = tl.float32 if p_q.dtype.element_ty == tl.float32 else tl.float16
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
@@ -218,8 +219,8 @@ def _paged_attention_kernel(
     o_token = (b_start + o_query).to(tl.int64)
     o_head = i_head * GROUP + o_m % GROUP
     p_rows = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
-    b_q = tl.load(p_rows[:, None] + o_d[None, :], mask=m_out, other=0.0)
-    b_q, b_q_odd, b_factor = _prepared(b_q, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
+    b_x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_out, other=0.0)
+    b_q, b_q_odd, b_factor = _prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
 
     b_stop = tl.minimum(b_first + BLOCK_Q, b_context_len)
     b_stop = tl.where(i_local * BLOCK_Q < b_query_len, tl.maximum(b_stop, 0), 0)
@@ -269,6 +270,7 @@ def _paged_attention_kernel(
         )  # fmt: skip
         b_max = b_new_max
         b_page = b_next
+    let_next_start(OVERLAP)
 
     b_out = join_pairs(b_acc, b_acc_odd) if is_packed(V_SCHEME) else b_acc
     b_out = b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
@@ -428,7 +430,7 @@ def paged_attention(
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        **(REGISTERS if is_coded and is_ptx_target(q) else {}),
+        **(REGISTERS if is_coded and is_ptx_target(q) else {}), **overlap(q),
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:
         add_runs(parts, lse, order, out)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qinfer.kernels.attention_tiles import MAX_SPLITS
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_LOCKS = 1 << 16
 BLOCK_F = 128  # features that one program of the second kernel adds up
@@ -100,7 +101,10 @@ def _reduce_splits_kernel(
     HAS_ORDER: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_token = tl.program_id(0).to(tl.int64)
     o_out = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     m_out = o_out < NUM_FEATURES
@@ -154,5 +158,5 @@ def add_runs(parts: Tensor, lse: Tensor, order: Tensor | None, out: Tensor) -> N
     _reduce_splits_kernel[num_tokens, triton.cdiv(num_heads * head_dim, BLOCK_F)](
         parts, lse, order, out, num_splits,
         NUM_FEATURES=num_heads * head_dim, HEAD_DIM=head_dim, HAS_ORDER=order is not None,
-        BLOCK_F=BLOCK_F, BLOCK_S=MAX_SPLITS,
+        BLOCK_F=BLOCK_F, BLOCK_S=MAX_SPLITS, **overlap(out),
     )  # fmt: skip

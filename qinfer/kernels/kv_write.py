@@ -20,6 +20,7 @@ from qinfer.kernels.checks import check_device, check_float, check_index, check_
 from qinfer.kernels.device import op
 from qinfer.kernels.kv_codec import KVPages, encode, run_length
 from qinfer.kernels.kv_tile import store_rows
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.rope import rope, rotate_heads
 
 BLOCK_HEADS = 8
@@ -91,7 +92,10 @@ def _kv_write_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     NUM_Q_BLOCKS: tl.constexpr = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
     i_t = tl.program_id(0).to(tl.int64)
     i_block = tl.program_id(1)
@@ -195,6 +199,7 @@ def _launch(
         BLOCK_HEADS=block_heads, BLOCK_D=block_d, BLOCK_HALF=block_half,
         # Few enough warps that no pair of a query has a copy in a second one, which could load it after its rotation.
         num_warps=min(max(block_heads * (block_half if num_heads else block_d) // 128, 1), 4),
+        **overlap(k),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 BLOCK_HEADS = 8  # heads that share one load of the cosines and sines
 
@@ -88,7 +89,10 @@ def _rope_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_t = tl.program_id(0).to(tl.int64)
     i_block = tl.program_id(1)
     i_position = tl.load(p_positions + i_t).to(tl.int64)
@@ -183,4 +187,5 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, i
             BLOCK_HEADS=BLOCK_HEADS,
             BLOCK_HALF=block_half,
             num_warps=num_warps,
+            **overlap(q),
         )
