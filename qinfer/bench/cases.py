@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qinfer.kernels.kv_codec import CODECS, KVPages
 from qinfer.kernels.operand import FIELDS, SLICE_K, DenseOperand, PlaneOperand, tile_k
 
 Fill = Literal["empty", "random"]
@@ -134,9 +135,14 @@ class Maker:
         q, k, v = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         return q, k, v
 
-    def pages(self, shape: Shape, num_pages: int, dtype: torch.dtype) -> Tensor:
-        """One layer's page pool for keys or for values."""
-        return self.normal(num_pages, shape.kv_heads, PAGE_SIZE, shape.head_dim, dtype=dtype)
+    def pages(self, shape: Shape, num_pages: int, name: str) -> KVPages:
+        """One layer's page pool for keys or for values, in some codec."""
+        codec, places = CODECS[name], (num_pages, shape.kv_heads, PAGE_SIZE)
+        if codec.scheme == "plain":
+            return KVPages.plain(self.normal(*places, shape.head_dim, dtype=codec.dtype))
+        scales = self.normal(*places, dtype=torch.bfloat16).abs() if codec.has_scales else None
+        # Codes below 0x70 are numbers in every codec.
+        return KVPages(self.integers(*places, codec.width(shape.head_dim), high=0x70, dtype=codec.dtype), scales, codec)
 
     def planes(self, matrix: Matrix, stored: Stored, dtype: torch.dtype) -> PlaneOperand:
         """An integer matrix with scales in dtype."""
@@ -185,19 +191,34 @@ def _norm_cases(run: Run, *, order: bool) -> None:
 
 
 def _head_cases(run: Run) -> None:
-    """What happens to heads inside a merged projection: normalization and the write to the cache."""
+    """Normalization of heads inside a merged projection."""
     s, d = run.shape, run.dtype
 
     @case("rmsnorm", f"{run.name} query heads", compiled=run.compiled)
     def _(m: Maker) -> Arguments:
         return (m.heads(s, run.tokens, d)[0], m.normal(s.head_dim, dtype=d)), {"eps": 1e-6}
 
-    @case("kv_write", run.name, compiled=run.compiled)
+
+def _write_cases(run: Run, codec: str) -> None:
+    """The write to the cache, alone and fused with the rotation."""
+    s, d = run.shape, run.dtype
+    name = run.name if codec == run.half else f"{run.name} {codec}"
+
+    @case("kv_write", name, compiled=run.compiled and codec in (run.half, "q4"))
     def _(m: Maker) -> Arguments:
         _q, k, v = m.heads(s, run.tokens, d)
         slots = m.permutation(16 * PAGE_SIZE)
         assert slots is not None
-        return (k, v, m.pages(s, 16, d), m.pages(s, 16, d), slots[: run.tokens]), {}
+        return (k, v, m.pages(s, 16, codec), m.pages(s, 16, codec), slots[: run.tokens]), {}
+
+    @case("rope_write", name, compiled=run.compiled and codec in (run.half, "q4", "fp8"))
+    def _(m: Maker) -> Arguments:
+        q, k, v = m.heads(s, run.tokens, d)
+        cos, sin = (m.normal(8192, s.head_dim // 2, dtype=FP32) for _ in range(2))
+        positions, slots = m.integers(run.tokens, high=8192), m.permutation(16 * PAGE_SIZE)
+        assert slots is not None
+        pages = m.pages(s, 16, codec), m.pages(s, 16, codec)
+        return (q, k, v, cos, sin, positions, *pages, slots[: run.tokens]), {"interleaved": False}
 
 
 def _rope_case(run: Run, *, interleaved: bool, part: int) -> None:
@@ -252,12 +273,35 @@ STEPS = (
 )
 
 
-def _attention_case(s: Shape, half: str, step: Step, *, window: int | None, order: bool) -> None:
+@dataclass(frozen=True)
+class Variant:
+    """What may be asked of attention beside a step."""
+
+    window: int | None = None
+    order: bool = False
+    codecs: tuple[str, str] | None = None  # None: the pages have the element type of the queries
+
+    @property
+    def name(self) -> str:
+        """What the names of cases end in."""
+        window, order = f" window={self.window}" if self.window else "", " order" if self.order else ""
+        return f"{window}{order}{'' if self.codecs is None else ' k' + self.codecs[0] + ' v' + self.codecs[1]}"
+
+
+VARIANTS = (Variant(), Variant(order=True), Variant(window=512))
+CODED = tuple(Variant(codecs=pair) for pair in (("fp8", "fp8"), ("q8", "q8"), ("q8", "q4"), ("q6", "q6"), ("q4", "q4")))
+
+
+def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
     """Attention of one step; every sequence has pages of its own, anywhere in the pool."""
-    name = f"{s.name} {step.name} {half}{f' window={window}' if window else ''}{' order' if order else ''}"
+    name, window, order = f"{s.name} {step.name} {half}{variant.name}", variant.window, variant.order
     d, width, batch = HALVES[half], -(-step.context // PAGE_SIZE), len(step.queries)
     compiled = step.compiled and (half == "fp16") == (s is LLAMA) and (window is None or s is LLAMA)
     compiled = compiled and (not order or step is STEPS[0])
+    # One pair of codecs has one of each kind; the others differ little from it outside of decode.
+    if variant.codecs is not None:
+        compiled = compiled and s is LLAMA and (step is STEPS[0] or variant.codecs == ("q8", "q4"))
+    keys, values = variant.codecs or (half, half)
 
     @case("paged_attention", name, compiled=compiled)
     def _(m: Maker) -> Arguments:
@@ -265,7 +309,7 @@ def _attention_case(s: Shape, half: str, step: Step, *, window: int | None, orde
         assert table is not None
         starts = [0, *accumulate(step.queries)]
         q = m.normal(starts[-1], s.heads, s.head_dim, dtype=d)
-        k_pages, v_pages = m.pages(s, width * batch, d), m.pages(s, width * batch, d)
+        k_pages, v_pages = m.pages(s, width * batch, keys), m.pages(s, width * batch, values)
         tables = (table.view(batch, width), m.steps(starts), m.steps([step.context] * batch))
         keywords = {"max_query_len": max(step.queries), "scale": s.head_dim**-0.5, "window": window}
         return (q, k_pages, v_pages, *tables), {**keywords, "order": m.permutation(q[0].numel(), wanted=order)}
@@ -404,6 +448,8 @@ def _register() -> None:
     for run in starmap(Run, product(SHAPES, TOKENS, HALVES)):
         for make in (_head_cases, _gather_cases, _dense_head_case, _matmul_parts_case):
             make(run)
+        for codec in (run.half, "fp8", "q8", "q6", "q4"):
+            _write_cases(run, codec)
         for order in (False, True):
             _norm_cases(run, order=order)
             _silu_mul_case(run, order=order)
@@ -412,8 +458,10 @@ def _register() -> None:
     for s, rows in product(SHAPES, (1, 16, 64)):
         _sample_cases(s, rows)
     for s, half, step in product(SHAPES, HALVES, STEPS):
-        for window, order in ((None, False), (None, True), (512, False)):
-            _attention_case(s, half, step, window=window, order=order)
+        for variant in VARIANTS:
+            _attention_case(s, half, step, variant)
+    for s, half, step, variant in product((LLAMA, TINY), HALVES, STEPS, CODED):
+        _attention_case(s, half, step, variant)
     for s, t, half in product(SHAPES, (1, 4, 16, 64, 2048), HALVES):
         for matrix in matrices(s):
             compiled = matrix.bias and half == "bf16" if s is QWEN else Run(s, t, half).compiled and t <= s.hidden // 16

@@ -1,46 +1,50 @@
-"""The formats in which keys and values are stored: one row per format, found by name."""
+"""The formats in which keys and values are stored: a codec for each of the two, found by one name."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-import torch
-
 from qinfer.errors import UnsupportedError
+from qinfer.kernels.kv_codec import CODECS, Codec
 
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How one key or value, a row of D numbers, lies in a page."""
+    """How keys and how values lie in pages."""
 
     name: str
-    storage_dtype: torch.dtype  # of the page tensors
-
-    def nbytes_per_row(self, head_dim: int) -> int:
-        """Return the bytes of one key, or of one value, of one head."""
-        return head_dim * self.storage_dtype.itemsize
+    keys: Codec
+    values: Codec
 
     def nbytes_per_token(self, num_kv_heads: int, head_dim: int) -> int:
-        """Return the bytes that one token takes in one layer, its keys and its values together."""
-        return 2 * num_kv_heads * self.nbytes_per_row(head_dim)
+        """Return the bytes that one token takes in one layer, its keys and its values together.
+
+        Raises:
+            UnsupportedError: rows of this size cannot be stored so.
+        """
+        return num_kv_heads * (self.keys.nbytes(head_dim) + self.values.nbytes(head_dim))
 
 
-KV_FORMATS: dict[str, KVFormat] = {
-    kv_format.name: kv_format
-    for kv_format in (
-        KVFormat("fp16", torch.float16),
-        KVFormat("bf16", torch.bfloat16),
-        KVFormat("fp32", torch.float32),
-    )
-}
+KV_FORMATS: dict[str, KVFormat] = {name: KVFormat(name, codec, codec) for name, codec in CODECS.items()}
 
 
 def kv_format(name: str) -> KVFormat:
-    """Return the format of this name.
+    """Return the format of this name: a codec for both, as "q4", or one for each, as "k8v4" or "kfp16vq4".
+
+    Behind k and v stands the name of a codec, or the bits of one that starts with q. ExLlamaV2's "Q6" is k8v4.
 
     Raises:
         UnsupportedError: There is none; the message lists those there are.
     """
-    if name not in KV_FORMATS:
-        raise UnsupportedError(f"KV cache format {name!r} is not available; these are: {', '.join(KV_FORMATS)}")
-    return KV_FORMATS[name]
+    if name in KV_FORMATS:
+        return KV_FORMATS[name]
+    # Names of codecs hold no v, so what stands behind k ends at the first one.
+    pair = re.fullmatch(r"k([^v]+)v([^v]+)", name)
+    if pair is not None:
+        codecs = [CODECS.get(side) or CODECS.get(f"q{side}") for side in pair.groups()]
+        if codecs[0] is not None and codecs[1] is not None:
+            return KVFormat(name, codecs[0], codecs[1])
+    raise UnsupportedError(
+        f"KV cache format {name!r} is not available; pairs such as k8v4 and these are: {', '.join(KV_FORMATS)}"
+    )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qinfer.cache.formats import kv_format as format_named
+from qinfer.kernels.kv_codec import Codec, KVPages
 from qinfer.kernels.kv_write import kv_write
 
 PAGE_SIZE_STEP = 16  # the smallest key tile of attention, which must not straddle two pages
@@ -42,11 +43,11 @@ class PagedKVCache:
             head_dim: Numbers per key and per value, D.
             device: Where to allocate.
             page_size: Tokens per page, S, a multiple of 16.
-            kv_format: Name of a format of `KV_FORMATS`.
+            kv_format: Name of a format of `KV_FORMATS`, or a pair such as "k8v4".
 
         Raises:
             ValueError: A count is below 1 or the page size is no multiple of 16.
-            UnsupportedError: There is no such format.
+            UnsupportedError: There is no such format, or it cannot store rows of `head_dim` numbers.
         """
         counts = {"num_layers": num_layers, "num_pages": num_pages, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, count in counts.items():
@@ -57,18 +58,25 @@ class PagedKVCache:
         self.num_pages = num_pages
         self.page_size = page_size
         self.format = format_named(kv_format)
-        # One tensor for all layers, so that a page is copied in one launch.
-        self._storage = torch.zeros(
-            (num_layers, 2, num_pages, num_kv_heads, page_size, head_dim),
-            dtype=self.format.storage_dtype,
-            device=device,
-        )
-        self.device = self._storage.device
-        self.nbytes = self._storage.nbytes
-        self._pages = [(keys, values) for keys, values in self._storage]
+        # One tensor per kind for all layers, so that a page is copied in few launches.
+        self._storage: list[Tensor] = []
 
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the key pages and the value pages of a layer, each [P, G, S, D] in the storage dtype, not copied."""
+        def side(codec: Codec) -> list[KVPages]:
+            places = (num_layers, num_pages, num_kv_heads, page_size)
+            codes = torch.zeros(*places, codec.width(head_dim), dtype=codec.dtype, device=device)
+            self._storage.append(codes)
+            if not codec.has_scales:
+                return [KVPages(layer, None, codec) for layer in codes]
+            scales = torch.zeros(places, dtype=torch.bfloat16, device=device)
+            self._storage.append(scales)
+            return [KVPages(*layer, codec) for layer in zip(codes, scales, strict=True)]
+
+        self._pages = list(zip(side(self.format.keys), side(self.format.values), strict=True))
+        self.device = self._storage[0].device
+        self.nbytes = sum(tensor.nbytes for tensor in self._storage)
+
+    def pages(self, layer: int) -> tuple[KVPages, KVPages]:
+        """Return the key pages and the value pages of a layer, not copied."""
         return self._pages[layer]
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -91,4 +99,5 @@ class PagedKVCache:
         for page in (source, target):
             if not 0 <= page < self.num_pages:
                 raise ValueError(f"a page must be from 0 to {self.num_pages - 1}, got {page}")
-        self._storage[:, :, target] = self._storage[:, :, source]
+        for tensor in self._storage:
+            tensor[:, target] = tensor[:, source]

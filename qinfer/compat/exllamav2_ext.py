@@ -15,6 +15,14 @@ reported as an error that is both RuntimeError, as in the compiled module, and V
 
 from __future__ import annotations
 
+from qinfer.compat.ext_cache import (
+    cache_rotate,
+    count_match,
+    fp8_to_fp16,
+    fp16_to_fp8,
+    fp16_to_q_kv,
+    q_to_fp16_kv,
+)
 from qinfer.compat.ext_matrix import (
     free_q_matrix,
     gemm_half_half_half,
@@ -55,10 +63,15 @@ from qinfer.compat.ext_tp import (
 
 __all__ = [
     "apply_rep_penalty",
+    "cache_rotate",
+    "count_match",
     "dump_profile_results",
     "fast_copy_cpu",
     "fast_fadd_cpu",
     "fast_fill_cpu_ones_bool",
+    "fp8_to_fp16",
+    "fp16_to_fp8",
+    "fp16_to_q_kv",
     "free_q_matrix",
     "free_tp_context",
     "gemm_half_half_half",
@@ -74,6 +87,7 @@ __all__ = [
     "pack_columns",
     "pack_rows_4",
     "partial_strings_match",
+    "q_to_fp16_kv",
     "reconstruct",
     "sample_basic",
     "stloader_read",

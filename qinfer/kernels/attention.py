@@ -5,40 +5,50 @@
 Query i (counted from 0) of sequence b sits at position p = context_lens[b] - qlen_b + i and sees the positions j <= p
 and, with a window, j > p - window. Position j of sequence b lies in page page_table[b, j // S], row j % S.
 
-Memory: pages are [P, G, S, D], so that the rows of one KV head in one page are contiguous; q is [T, H, D], the
+Memory: pages are [P, G, S, row], so that the rows of one KV head in one page are contiguous; q is [T, H, D], the
 sequences one after the other. One program owns one KV head and BLOCK_M rows, row r being query token r // GROUP and
 head r % GROUP of that KV head, so a key is read once for all its query heads and decode is a chunk of one token. The
-visible range is cut into `splits` runs of whole tiles; since the kernel does that from `context_lens`, one grid serves
-all lengths. Each split leaves a normalized fp32 result and the base-2 logarithm of its softmax sum, and a second kernel
-adds them up in a fixed order.
+visible range is cut into as many runs of whole tiles as the grid is deep; since the kernel does that from
+`context_lens`, one grid serves all lengths. Each run leaves a normalized fp32 result and the base-2 logarithm of its
+softmax sum. In decode the program of a block that arrives last adds them up, in the order of the runs; for longer
+queries, and on AMD, where a barrier does not wait for other waves' stores, a second kernel does.
 
-Softmax and accumulators are fp32; both products multiply in the pages' dtype (q and the probabilities are converted to
-it) and accumulate in fp32. Limits: D <= 256, H / G <= 64, S a multiple of 16, q fp16, bf16 or fp32, offsets 64-bit.
+Coded pages (`kv_codec.py`) are decoded in registers, a tile at a time: codes become exact fp16 integers, the scale of a
+key multiplies its scores, and the scale of a value its probabilities. Queries are rotated like the keys, and divided by
+their largest number, so that fp16 holds them whatever their dtype; probabilities times scales are kept below one by the
+largest scale so far, which the sums are in units of. What is summed up over rotated values is rotated back once.
+
+Softmax and accumulators are fp32. Products over plain pages multiply in the pages' dtype (q and the probabilities are
+converted to it), over coded pages in fp16, or in fp32 if q is fp32. Limits: D <= 256, H / G <= 64, S a multiple of 16,
+q fp16, bf16 or fp32, offsets 64-bit.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, reduce_if_last
+from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
-from qinfer.kernels.device import num_sms, op
+from qinfer.kernels.device import is_amd_target, is_ptx_target, op
+from qinfer.kernels.kv_codec import KVPages, run_length
+from qinfer.kernels.kv_tile import has_scales, is_packed, is_rotated, join_pairs, load_rows, rotate, split_pairs
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
-MAX_SPLITS = 32
-MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
+# Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills.
+REGISTERS = {"maxnreg": 255}
 LOG2_E = 1.4426950408889634
 
 
 def paged_attention_reference(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: KVPages,
+    v_pages: KVPages,
     page_table: Tensor,
     query_starts: Tensor,
     context_lens: Tensor,
@@ -51,7 +61,7 @@ def paged_attention_reference(
 ) -> Tensor:
     """Compute paged attention in plain torch and fp32, one sequence at a time."""
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = k_pages.shape[1:3]
+    num_kv_heads, page_size = k_pages.codes.shape[1:3]
     out = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float32, device=q.device)
     starts, lens = query_starts.tolist(), context_lens.tolist()
     for b, context_len in enumerate(lens):
@@ -63,7 +73,7 @@ def paged_attention_reference(
         first_page = 0 if window is None else max(first - window + 1, 0) // page_size
         pages = page_table[b, first_page : -(-context_len // page_size)].long()
         seen = slice(0, context_len - first_page * page_size)
-        keys, values = (p[pages].transpose(0, 1).flatten(1, 2)[:, seen].float() for p in (k_pages, v_pages))
+        keys, values = (p.decode(pages).transpose(0, 1).flatten(1, 2)[:, seen] for p in (k_pages, v_pages))
         grouped = q[rows].float().reshape(query_len, num_kv_heads, -1, head_dim)
         queries = grouped.permute(1, 2, 0, 3).flatten(1, 2)  # [G, GROUP * query_len, D]
         own = torch.arange(first, context_len, device=q.device)[:, None]
@@ -79,46 +89,121 @@ def paged_attention_reference(
     return (flat if order is None else flat[:, order.long()]).to(q.dtype)
 
 
+@triton.jit
+def _prepared(b_q, scale, PAGE_DTYPE: tl.constexpr, DTYPE: tl.constexpr, RUN: tl.constexpr, SCHEME: tl.constexpr):
+    """Return queries as the product over keys takes them, [M, D] or twice [M, D / 2], and the factor of scores."""
+    if SCHEME == "plain":
+        b_even = b_q.to(PAGE_DTYPE)
+        b_odd, b_factor = b_even, scale
+    else:
+        b_x = b_q.to(tl.float32)
+        if is_rotated(SCHEME):
+            b_x = rotate(b_q, RUN)
+        b_largest = tl.max(tl.abs(b_x), axis=1)[:, None]
+        b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
+        b_even = (b_x / b_largest).to(DTYPE)
+        b_odd, b_factor = b_even, b_largest * scale
+        if is_packed(SCHEME):
+            b_even, b_odd = split_pairs(b_even)
+    return b_even, b_odd, b_factor
+
+
+@triton.jit
+def _scores(
+    b_even, b_odd, b_factor, p_k_page, p_scale, o_scale, o_row, m_key, s_row, DTYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
+):  # fmt: skip
+    """Multiply queries by a tile of keys: [M, N] fp32."""
+    if SCHEME == "plain":
+        o_d = tl.arange(0, BLOCK_D)
+        p_k_tile = p_k_page + o_row[None, :] * s_row + o_d[:, None]
+        b_k = tl.load(p_k_tile, mask=m_key[None, :] & (o_d < HEAD_DIM)[:, None], other=0.0)
+        b_scores = tl.dot(b_even, b_k, input_precision="ieee")
+    else:
+        b_k, b_k_odd = load_rows(p_k_page + o_row * s_row, m_key, DTYPE, HEAD_DIM, BLOCK_D, SCHEME)
+        b_scores = tl.dot(b_even, tl.trans(b_k), input_precision="ieee")
+        if is_packed(SCHEME):
+            b_scores = tl.dot(b_odd, tl.trans(b_k_odd), b_scores, input_precision="ieee")
+        if has_scales(SCHEME):
+            b_scores *= tl.load(p_scale + o_scale + o_row, mask=m_key, other=0.0).to(tl.float32)[None, :]
+    return b_scores * b_factor
+
+
+@triton.jit
+def _add_values(
+    b_acc, b_acc_odd, b_unit, b_decay, b_p, p_v_page, p_scale, o_scale, o_row, m_key, s_row, DTYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of values, weighted by b_p, to the decayed sums, which are in units of the largest scale so far."""
+    if has_scales(SCHEME):
+        b_scale = tl.load(p_scale + o_scale + o_row, mask=m_key, other=0.0).to(tl.float32)
+        b_new_unit = tl.maximum(b_unit, tl.max(b_scale, axis=0))
+        b_inverse = 1.0 / tl.where(b_new_unit > 0.0, b_new_unit, 1.0)
+        b_p = b_p * (b_scale * b_inverse)[None, :]
+        b_decay = b_decay * (b_unit * b_inverse)
+        b_unit = b_new_unit
+    b_acc = b_acc * b_decay[:, None]
+    if SCHEME == "plain":
+        o_d = tl.arange(0, BLOCK_D)
+        p_v_tile = p_v_page + o_row[:, None] * s_row + o_d[None, :]
+        b_v = tl.load(p_v_tile, mask=m_key[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+    else:
+        b_v, b_v_odd = load_rows(p_v_page + o_row * s_row, m_key, DTYPE, HEAD_DIM, BLOCK_D, SCHEME)
+        b_p = b_p.to(DTYPE)
+        b_acc = tl.dot(b_p, b_v, b_acc, input_precision="ieee")
+        if is_packed(SCHEME):
+            b_acc_odd = tl.dot(b_p, b_v_odd, b_acc_odd * b_decay[:, None], input_precision="ieee")
+    return b_acc, b_acc_odd, b_unit
+
+
+@triton.jit
+def _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q: tl.constexpr):
+    """Return the sequence of a block, and its number within the sequence.
+
+    Sequence b owns the blocks from query_starts[b] // BLOCK_Q + b on, which is never one too few.
+    """
+    i_seq = i_block * 0
+    b_above = i_seq + num_seqs
+    for _ in range(search_steps):
+        b_middle = (i_seq + b_above) // 2
+        is_left = tl.load(p_starts + b_middle) // BLOCK_Q + b_middle <= i_block
+        i_seq = tl.where(is_left, b_middle, i_seq)
+        b_above = tl.where(is_left, b_above, b_middle)
+    return i_seq, i_block - (tl.load(p_starts + i_seq) // BLOCK_Q + i_seq)
+
+
 # The fields of a batch are views into one buffer, at any alignment, and its sizes change from step to step.
 @triton.jit(
     do_not_specialize=["s_table", "num_seqs", "search_steps"],
     do_not_specialize_on_alignment=["p_table", "p_starts", "p_lens"],
 )
 def _paged_attention_kernel(
-    p_q, p_k, p_v, p_table, p_starts, p_lens,
-    p_out,  # [T, H, SPLITS, D]: fp32 partial results, or with one split the result itself
-    p_lse,  # [T, H, SPLITS] fp32, unused with one split
+    p_q, p_k, p_k_scale, p_v, p_v_scale, p_table, p_starts, p_lens, p_inverse, p_locks,
+    p_out,  # [T, H * D], in the order of p_inverse
+    p_parts,  # [T, H, runs, D] fp32, if there are several
+    p_lse,  # [T, H, runs] fp32
     scale,  # softmax scale times log2(e)
-    s_q_token, s_q_head, s_k_page, s_k_head, s_k_row, s_v_page, s_v_head, s_v_row, s_table, num_seqs, search_steps,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    s_q_token, s_q_head, s_k_page, s_k_head, s_k_row, s_k_scale_page, s_v_page, s_v_head, s_v_row, s_v_scale_page,
+    s_table, num_seqs, search_steps,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    K_SCHEME: tl.constexpr, V_SCHEME: tl.constexpr, RUN: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # every sequence fits one query block
+    IS_SPLIT: tl.constexpr,
+    HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,  # the last program of a block to arrive adds up its runs
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,  # every sequence fits one query block
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    DTYPE: tl.constexpr = tl.float32 if p_q.dtype.element_ty == tl.float32 else tl.float16
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_head = tl.program_id(1)
-    i_split = tl.program_id(2)
-
-    # Sequence b owns the blocks from query_starts[b] // BLOCK_Q + b on, which is never one too few.
-    i_seq = i_block
-    i_local = 0
+    i_head, i_split, num_splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    i_seq, i_local = i_block, 0
     if not ONE_BLOCK:
-        i_seq = i_block * 0
-        b_above = i_seq + num_seqs
-        for _ in range(search_steps):
-            b_middle = (i_seq + b_above) // 2
-            is_left = tl.load(p_starts + b_middle) // BLOCK_Q + b_middle <= i_block
-            i_seq = tl.where(is_left, b_middle, i_seq)
-            b_above = tl.where(is_left, b_above, b_middle)
-        i_local = i_block - (tl.load(p_starts + i_seq) // BLOCK_Q + i_seq)
-
+        i_seq, i_local = _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q)
     b_start = tl.load(p_starts + i_seq)
     b_query_len = tl.load(p_starts + i_seq + 1) - b_start
     b_context_len = tl.load(p_lens + i_seq)
@@ -128,28 +213,27 @@ def _paged_attention_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_query = i_local * BLOCK_Q + o_m // GROUP
     m_row = (o_m < BLOCK_Q * GROUP) & (o_query < b_query_len)
-    m_d = o_d < HEAD_DIM
+    m_out = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
     # A row without a query sees nothing.
     b_own = tl.where(m_row, b_first + o_m // GROUP, -1)
     o_token = (b_start + o_query).to(tl.int64)
     o_head = i_head * GROUP + o_m % GROUP
     p_rows = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
-    b_q = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-    b_q = b_q.to(p_k.dtype.element_ty)
+    b_x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_out, other=0.0)
+    b_q, b_q_odd, b_factor = _prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
 
     b_stop = tl.minimum(b_first + BLOCK_Q, b_context_len)
     b_stop = tl.where(i_local * BLOCK_Q < b_query_len, tl.maximum(b_stop, 0), 0)
-    b_tile = b_stop * 0
-    if WINDOW > 0:
-        b_tile = tl.maximum(b_first - WINDOW + 1, 0) // BLOCK_N
+    b_tile = tl.maximum(b_first - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else b_stop * 0
     b_num_tiles = tl.maximum((b_stop + BLOCK_N - 1) // BLOCK_N - b_tile, 0)
-    b_tile_stop = b_tile + b_num_tiles * (i_split + 1) // SPLITS
-    b_tile_start = b_tile + b_num_tiles * i_split // SPLITS
+    b_tile_stop = b_tile + b_num_tiles * (i_split + 1) // num_splits
+    b_tile_start = b_tile + b_num_tiles * i_split // num_splits
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    o_n = tl.arange(0, BLOCK_N)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D // 2 if is_packed(V_SCHEME) else BLOCK_D], tl.float32)
+    b_acc_odd = b_acc
+    b_unit = b_stop.to(tl.float32) * 0.0  # the sums are in units of the largest scale so far
     p_k += i_head.to(tl.int64) * s_k_head
     p_v += i_head.to(tl.int64) * s_v_head
     p_table += i_seq.to(tl.int64) * s_table
@@ -159,13 +243,16 @@ def _paged_attention_kernel(
     for i_tile in range(b_tile_start, b_tile_stop):
         b_key = i_tile * BLOCK_N
         b_next = tl.load(p_table + (b_key + BLOCK_N) // PAGE_SIZE, mask=i_tile + 1 < b_tile_stop, other=0)
-        o_row = (b_key % PAGE_SIZE + o_n).to(tl.int64)
-        o_key = b_key + o_n
+        i_page = b_page.to(tl.int64)
+        o_row = (b_key % PAGE_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
+        o_key = b_key + tl.arange(0, BLOCK_N)
         # Rows of a page beyond the sequence may hold NaN, and a probability of 0 times NaN is NaN.
         m_key = o_key < b_stop
-        p_k_tile = p_k + b_page.to(tl.int64) * s_k_page + o_row[None, :] * s_k_row + o_d[:, None]
-        b_k = tl.load(p_k_tile, mask=m_key[None, :] & m_d[:, None], other=0.0)
-        b_scores = tl.dot(b_q, b_k, input_precision="ieee") * scale
+        b_scores = _scores(
+            b_q, b_q_odd, b_factor, p_k + i_page * s_k_page,
+            p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
+            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME,
+        )  # fmt: skip
         m_seen = o_key[None, :] <= b_own[:, None]
         if WINDOW > 0:
             m_seen = m_seen & (o_key[None, :] > b_own[:, None] - WINDOW)
@@ -176,106 +263,57 @@ def _paged_attention_kernel(
         b_p = tl.exp2(b_scores - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-        b_acc = b_acc * b_decay[:, None]
-        p_v_tile = p_v + b_page.to(tl.int64) * s_v_page + o_row[:, None] * s_v_row + o_d[None, :]
-        b_v = tl.load(p_v_tile, mask=m_key[:, None] & m_d[None, :], other=0.0)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_acc, b_acc_odd, b_unit = _add_values(
+            b_acc, b_acc_odd, b_unit, b_decay, b_p, p_v + i_page * s_v_page,
+            p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE, o_row, m_key, s_v_row, DTYPE,
+            HEAD_DIM, BLOCK_D, V_SCHEME,
+        )  # fmt: skip
         b_max = b_new_max
         b_page = b_next
+    let_next_start(OVERLAP)
 
-    b_out = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
-    o_out = (o_token * (tl.num_programs(1) * GROUP) + o_head) * SPLITS + i_split
-    m_out = m_row[:, None] & m_d[None, :]
-    if SPLITS > 1:
-        # The reduction skips what a split without tiles would store, by its sum of zero.
-        m_out = m_out & (b_tile_start < b_tile_stop)
-        b_lse = b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0))
-        tl.store(p_lse + o_out, b_lse, mask=m_row)
-    tl.store(p_out + o_out[:, None] * HEAD_DIM + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def _reduce_splits_kernel(
-    p_parts,  # [T, H, SPLITS, D]
-    p_lse,  # [T, H, SPLITS]
-    p_order,
-    p_out,  # [T, H*D]
-    NUM_FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    i_token = tl.program_id(0).to(tl.int64)
-    o_out = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    m_out = o_out < NUM_FEATURES
-    o_feature = o_out
-    if HAS_ORDER:
-        o_feature = tl.load(p_order + o_out, mask=m_out, other=0)
-    o_head = i_token * (NUM_FEATURES // HEAD_DIM) + o_feature // HEAD_DIM
-    o_d = o_feature % HEAD_DIM
-    if SPLITS == 1:
-        b_out = tl.load(p_parts + o_head * HEAD_DIM + o_d, mask=m_out, other=0.0).to(tl.float32)
+    b_out = join_pairs(b_acc, b_acc_odd) if is_packed(V_SCHEME) else b_acc
+    b_out = b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+    if is_rotated(V_SCHEME):
+        b_out = rotate(b_out.to(DTYPE), RUN)
+    if has_scales(V_SCHEME):
+        b_out = b_out * b_unit
+    if IS_SPLIT:
+        o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
+        # A run without tiles stores nothing but its sum, of zero.
+        m_part = m_out & (b_tile_start < b_tile_stop)
+        tl.store(p_parts + o_part[:, None] * HEAD_DIM + o_d[None, :], b_out, mask=m_part)
+        tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
+        if HAS_LOCKS:
+            b_num_rows = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q) * GROUP
+            reduce_if_last(
+                p_locks + i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse,
+                b_start + i_local * BLOCK_Q, b_num_rows, i_head, num_splits,
+                GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
+            )  # fmt: skip
     else:
-        o_split = tl.arange(0, BLOCK_S)
-        o_part = o_head[None, :] * SPLITS + o_split[:, None]
-        m_part = m_out[None, :] & (o_split < SPLITS)[:, None]
-        b_lse = tl.load(p_lse + o_part, mask=m_part, other=float("-inf"))
-        m_part = m_part & (b_lse > float("-inf"))
-        b_part = tl.load(p_parts + o_part * HEAD_DIM + o_d[None, :], mask=m_part, other=0.0)
-        b_max = tl.max(b_lse, axis=0)
-        b_weight = tl.exp2(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
-        b_sum = tl.sum(b_weight, axis=0)
-        b_out = tl.sum(b_weight * b_part, axis=0) / tl.where(b_sum > 0.0, b_sum, 1.0)
-    tl.store(p_out + i_token * NUM_FEATURES + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+        o_feature = o_head[:, None] * HEAD_DIM + o_d[None, :]
+        if HAS_ORDER:
+            o_feature = tl.load(p_inverse + o_feature, mask=m_out, other=0)
+        p_rows = p_out + o_token[:, None] * (NUM_HEADS * HEAD_DIM) + o_feature
+        tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
-class _Tiles(NamedTuple):
-    """Compile-time choices of the attention kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+def _strides(pages: KVPages) -> tuple[int, ...]:
+    """Return the strides of a page, a head and a row of codes, and of a page of scales."""
+    return (*pages.codes.stride()[:3], 0 if pages.scales is None else pages.scales.stride(0))
 
 
-def _tiles(max_query_len: int, group: int, head_dim: int, page_size: int, itemsize: int) -> _Tiles:
-    """Choose tiles that fit 99 KiB of shared memory and 255 registers on every NVIDIA target, 64 KiB on AMD.
-
-    Args:
-        max_query_len: Longest query of the step, in tokens.
-        group: Query heads per KV head.
-        head_dim: D.
-        page_size: Tokens per page, a multiple of 16.
-        itemsize: Bytes per element of the pages.
-    """
-    rows = max_query_len * group
-    if itemsize == 4:  # exact fp32 products run on the plain ALUs and keep their operands in registers
-        tiles = _Tiles(16 if group <= 16 else 64, 16, 4 if head_dim <= 64 and group <= 16 else 8, 1)
-    elif rows <= 16:
-        tiles = _Tiles(16, 64 if head_dim <= 128 else 32, 4, 3)
-    elif head_dim > 128:
-        tiles = _Tiles(64, 16, 8, 3)
-    elif rows <= 64 and group <= 32:
-        tiles = _Tiles(32, 64, 4, 3)
-    else:
-        tiles = _Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
-    # Every stage but the one in registers is a buffer of keys and one of values; there is less room for them on AMD.
-    # The largest power of two that divides the page size bounds a tile that lies in one page.
-    num_stages = min(tiles.num_stages, 2) if torch.version.hip is not None else tiles.num_stages
-    return tiles._replace(block_n=min(tiles.block_n, page_size & -page_size), num_stages=num_stages)
-
-
-def _num_splits(num_programs: int, num_tiles: int, device: torch.device) -> int:
-    """Return how many runs give two programs per multiprocessor, at most one per tile of keys."""
-    return max(1, min(2 * num_sms(device) // num_programs, num_tiles, MAX_SPLITS))
+def _element_size(q: Tensor, k_pages: KVPages, v_pages: KVPages) -> int:
+    """Return the bytes of the widest number that a product takes."""
+    both = (k_pages, v_pages)
+    return max((pages.codes if pages.codec.scheme == "plain" else q).element_size() for pages in both)
 
 
 def _check_paged_attention(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: KVPages,
+    v_pages: KVPages,
     page_table: Tensor,
     query_starts: Tensor,
     context_lens: Tensor,
@@ -289,26 +327,23 @@ def _check_paged_attention(
     """Look at shapes, dtypes and devices; the values are the caller's word."""
     check_shape("q", q, ("T", "H", "D"))
     num_heads, head_dim = q.shape[1:]
-    check_shape("k_pages", k_pages, ("P", "G", "S", head_dim))
-    check_shape("v_pages", v_pages, tuple(k_pages.shape))
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head size must be at most {MAX_HEAD_DIM}, got {head_dim}")
+    k_pages.check("k_pages", ("P", "G", "S", head_dim))
+    num_pages, num_kv_heads, page_size = k_pages.codes.shape[:3]
+    v_pages.check("v_pages", (num_pages, num_kv_heads, page_size, head_dim))
     check_shape("context_lens", context_lens, ("B",))
     num_seqs = context_lens.shape[0]
     check_shape("page_table", page_table, (num_seqs, "W"))
     check_shape("query_starts", query_starts, (num_seqs + 1,))
-    num_kv_heads, page_size = k_pages.shape[1:3]
     if num_heads % num_kv_heads != 0:
         raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     if num_heads > MAX_GROUP * num_kv_heads:
         raise ValueError(f"at most {MAX_GROUP} query heads may share a KV head, got {num_heads // num_kv_heads}")
     if page_size % MIN_BLOCK_N != 0:
         raise ValueError(f"page size must be a multiple of {MIN_BLOCK_N}, got {page_size}")
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"head size must be at most {MAX_HEAD_DIM}, got {head_dim}")
-    for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
-        check_float(name, x.dtype)
-        check_rows(name, x)
-    if v_pages.dtype != k_pages.dtype:
-        raise TypeError(f"v_pages must be {k_pages.dtype} like k_pages, got {v_pages.dtype}")
+    check_float("q", q.dtype)
+    check_rows("q", q)
     indices = {"page_table": page_table, "query_starts": query_starts, "context_lens": context_lens}
     if order is not None:
         check_shape("order", order, (num_heads * head_dim,))
@@ -317,17 +352,20 @@ def _check_paged_attention(
         check_rows(name, x)
         if x.dtype != torch.int32:
             raise TypeError(f"{name} must be torch.int32, got {x.dtype}")
-    check_device(q, k_pages=k_pages, v_pages=v_pages, **indices)
+    check_device(q, k_pages=k_pages.codes, v_pages=v_pages.codes, **indices)
+    check_device(q, k_scales=k_pages.scales, v_scales=v_pages.scales)
     for name, value in (("max_query_len", max_query_len), ("window", window), ("splits", splits)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if splits is not None and splits > MAX_SPLITS:
+        raise ValueError(f"splits must be at most {MAX_SPLITS}, got {splits}")
 
 
 @op(reference=paged_attention_reference, check=_check_paged_attention)
 def paged_attention(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: KVPages,
+    v_pages: KVPages,
     page_table: Tensor,
     query_starts: Tensor,
     context_lens: Tensor,
@@ -342,8 +380,8 @@ def paged_attention(
 
     Args:
         q: [T, H, D] fp16, bf16 or fp32 queries, last stride 1; the sequences follow each other without gaps.
-        k_pages: [P, G, S, D] fp16, bf16 or fp32 keys, last stride 1.
-        v_pages: Values, like `k_pages`.
+        k_pages: [P, G, S, D] keys in any codec.
+        v_pages: [P, G, S, D] values in any codec, not necessarily the same.
         page_table: [B, W] int32 pages of each sequence; entries beyond the context are not read.
         query_starts: [B + 1] int32 first token of each sequence, from 0 to T.
         context_lens: [B] int32 tokens in the cache after this step; 0 marks padding, whose rows become zero.
@@ -361,38 +399,39 @@ def paged_attention(
         TypeError: A dtype does not fit.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = k_pages.shape[1:3]
+    num_kv_heads, page_size = k_pages.codes.shape[1:3]
     num_seqs, table_width = page_table.shape
     group = num_heads // num_kv_heads
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
-    tiles = _tiles(max_query_len, group, head_dim, page_size, k_pages.element_size())
+    is_coded = not k_pages.codec.scheme == v_pages.codec.scheme == "plain"
+    itemsize = _element_size(q, k_pages, v_pages)
+    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, is_coded=is_coded)
     block_q = tiles.block_m // group
     one_block = max_query_len <= block_q
     num_blocks = num_seqs if one_block else num_tokens // block_q + num_seqs
     if splits is None:
         num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
-        splits = _num_splits(num_blocks * num_kv_heads, num_keys // tiles.block_n, q.device)
-    parts, lse = out, out
+        splits = choose_splits(num_blocks * num_kv_heads, num_keys // tiles.block_n, q.device)
+    has_locks = tiles.block_m == 16 and num_blocks * num_kv_heads <= MAX_LOCKS and not is_amd_target(q)
+    parts = lse = locks = None
     if splits > 1:
         parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
-    elif order is not None:
-        parts = torch.empty_like(out)
+        locks = locks_of(q.device) if has_locks else None
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
-        q, k_pages, v_pages, page_table, query_starts, context_lens, parts, lse, scale * LOG2_E,
-        *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+        q, k_pages.codes, k_pages.scales, v_pages.codes, v_pages.scales, page_table, query_starts, context_lens,
+        None if order is None else inverse(order), locks, out, parts, lse, scale * LOG2_E,
+        *q.stride()[:2], *_strides(k_pages), *_strides(v_pages), page_table.stride(0),
         num_seqs, (num_seqs - 1).bit_length(),
-        GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=window or 0, SPLITS=splits,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
+        K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim), WINDOW=window or 0,
+        IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **(REGISTERS if is_coded and is_ptx_target(q) else {}), **overlap(q),
     )  # fmt: skip
-    if splits > 1 or order is not None:
-        block_f = 128 if splits > 1 else 1024
-        _reduce_splits_kernel[num_tokens, triton.cdiv(num_heads * head_dim, block_f)](
-            parts, lse, out if order is None else order, out,
-            NUM_FEATURES=num_heads * head_dim, HEAD_DIM=head_dim, SPLITS=splits, HAS_ORDER=order is not None,
-            BLOCK_F=block_f, BLOCK_S=triton.next_power_of_2(splits),
-        )  # fmt: skip
+    if parts is not None and lse is not None and not has_locks:
+        add_runs(parts, lse, order, out)
     return out

@@ -1,11 +1,13 @@
-"""Writing the new keys and values of one layer into its pages.
+"""Writing the new keys and values of one layer into its pages, and rotating queries and keys in the same launch.
 
-    k_pages[page, g, offset] = k[t, g],  v_pages[page, g, offset] = v[t, g],  slots[t] = page * S + offset
+    k_pages[page, g, offset] = encode(k[t, g]),  v_pages[page, g, offset] = encode(v[t, g]),  slots[t] = page S + offset
 
-Pages are [P, G, S, D], so that the rows of one head in one page lie together, as attention reads them. A slot of -1
-skips the row: a padding row of a CUDA graph. Two rows with the same slot leave either of them. Values are converted
-once, to the pages' dtype. Offsets are 64-bit. A kernel does not look whether a slot is in range; the check does, for
-CPU tensors.
+`rope_write` first turns q, in place, and k, on its way, by the angles of their positions (`rope.py`); `kv_write` takes
+k as it is. How a row is encoded is the pages' codec (`kv_codec.py`), in registers and in one pass. Pages are
+[P, G, S, row], so that the rows of one head in one page lie together, as attention reads them. A slot of -1 skips the
+row: a padding row of a CUDA graph. Two rows with the same slot leave either of them. A turned key is rounded to k's
+dtype before it is encoded, so that both ops write the same bytes. Offsets are 64-bit. A kernel does not look whether a
+slot or a position is in range; the check does, for CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,86 +18,242 @@ from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.kv_codec import KVPages, encode, run_length
+from qinfer.kernels.kv_tile import store_rows
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.rope import rope, rotate_heads
 
 BLOCK_HEADS = 8
+MIN_ROWS = 16  # of a product with the matrix that rotates runs
 
 
-def kv_write_reference(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+def kv_write_reference(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slots: Tensor) -> None:
     """Compute `kv_write` in plain torch."""
     kept = slots >= 0
     slot = slots[kept].long()
-    page_size = k_pages.shape[2]
+    page_size = k_pages.codes.shape[2]
     page, offset = slot // page_size, slot % page_size
     for x, pages in ((k, k_pages), (v, v_pages)):
-        pages[page, :, offset] = x[kept].to(pages.dtype)
+        codes, scales = encode(x[kept], pages.codec)
+        pages.codes[page, :, offset] = codes
+        if pages.scales is not None and scales is not None:
+            pages.scales[page, :, offset] = scales
 
 
-@triton.jit(do_not_specialize_on_alignment=["p_slots"])
+def rope_write_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_pages: KVPages,
+    v_pages: KVPages,
+    slots: Tensor,
+    *,
+    interleaved: bool,
+) -> None:
+    """Compute `rope_write` in plain torch."""
+    turned = k.clone()
+    rope.reference(q, turned, cos, sin, positions, interleaved=interleaved)
+    kv_write_reference(turned, v, k_pages, v_pages, slots)
+
+
+@triton.jit
+def _turned(b_x, p_x, o_d, m_x, p_cos, p_sin, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Turn rows [M, D] that were loaded from p_x [M, 1] by one position's angles, each feature beside its partner."""
+    if INTERLEAVED:
+        o_pair, o_partner, m_first = o_d // 2, o_d ^ 1, o_d % 2 == 0
+    else:
+        m_first = o_d < HALF
+        o_pair = tl.where(m_first, o_d, o_d - HALF)
+        o_partner = tl.where(m_first, o_d + HALF, o_d - HALF)
+    m_turn = o_d < 2 * HALF
+    b_cos = tl.load(p_cos + o_pair, mask=m_turn, other=1.0)
+    b_sin = tl.load(p_sin + o_pair, mask=m_turn, other=0.0)
+    b_partner = tl.load(p_x + o_partner, mask=m_x & m_turn, other=0.0).to(tl.float32)
+    return b_x * b_cos + b_partner * tl.where(m_first, -b_sin, b_sin)
+
+
+@triton.jit(do_not_specialize_on_alignment=["p_positions", "p_slots"])
 def _kv_write_kernel(
-    p_k,
-    p_v,
-    p_k_pages,
-    p_v_pages,
-    p_slots,
-    stride_k_token,
-    stride_k_head,
-    stride_v_token,
-    stride_v_head,
-    stride_page,
-    stride_page_head,
-    stride_page_row,
+    p_q, p_k, p_v, p_cos, p_sin, p_positions, p_slots, p_k_codes, p_k_scales, p_v_codes, p_v_scales,
+    s_q_token, s_q_head, s_k_token, s_k_head, s_v_token, s_v_head, s_cos, s_sin,
+    s_k_page, s_k_page_head, s_k_row, s_k_scale, s_v_page, s_v_page_head, s_v_row, s_v_scale,
+    H: tl.constexpr,  # 0: no queries
     G: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
+    HALF: tl.constexpr,  # 0: keys are not turned
+    INTERLEAVED: tl.constexpr,
+    RUN: tl.constexpr,
+    K_SCHEME: tl.constexpr,
+    V_SCHEME: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+    BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    NUM_Q_BLOCKS: tl.constexpr = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
     i_t = tl.program_id(0).to(tl.int64)
-    i_slot = tl.load(p_slots + i_t).to(tl.int64)
-    o_g = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
-    o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_x = (o_g < G) & (o_d < D) & (i_slot >= 0)
-    o_page = i_slot // S * stride_page + i_slot % S * stride_page_row + o_g * stride_page_head + o_d
-    b_k = tl.load(p_k + i_t * stride_k_token + o_g * stride_k_head + o_d, mask=m_x).to(tl.float32)
-    b_v = tl.load(p_v + i_t * stride_v_token + o_g * stride_v_head + o_d, mask=m_x).to(tl.float32)
-    tl.store(p_k_pages + o_page, b_k.to(p_k_pages.dtype.element_ty), mask=m_x)
-    tl.store(p_v_pages + o_page, b_v.to(p_v_pages.dtype.element_ty), mask=m_x)
+    i_block = tl.program_id(1)
+    if HALF > 0:
+        i_position = tl.load(p_positions + i_t).to(tl.int64)
+        p_cos += i_position * s_cos
+        p_sin += i_position * s_sin
+    if i_block < NUM_Q_BLOCKS:
+        if H > 0:
+            o_i = tl.arange(0, BLOCK_HALF)
+            b_cos = tl.load(p_cos + o_i, mask=o_i < HALF, other=0.0)[None, :]
+            b_sin = tl.load(p_sin + o_i, mask=o_i < HALF, other=0.0)[None, :]
+            rotate_heads(
+                p_q + i_t * s_q_token, s_q_head, i_block * BLOCK_HEADS, H, b_cos, b_sin, o_i,
+                HALF, INTERLEAVED, BLOCK_HEADS,
+            )  # fmt: skip
+    else:
+        i_slot = tl.load(p_slots + i_t).to(tl.int64)
+        i_page, i_row = i_slot // S, i_slot % S
+        o_g = ((i_block - NUM_Q_BLOCKS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
+        m_g = (o_g < G) & (i_slot >= 0)
+        o_d = tl.arange(0, BLOCK_D)[None, :]
+        m_x = m_g[:, None] & (o_d < D)
+        p_k_rows = p_k + i_t * s_k_token + o_g[:, None] * s_k_head
+        b_k = tl.load(p_k_rows + o_d, mask=m_x, other=0.0)
+        if HALF > 0:
+            b_turned = _turned(b_k.to(tl.float32), p_k_rows, o_d, m_x, p_cos, p_sin, HALF, INTERLEAVED)
+            b_k = b_turned.to(b_k.dtype)
+        b_v = tl.load(p_v + i_t * s_v_token + o_g[:, None] * s_v_head + o_d, mask=m_x, other=0.0)
+        o_codes = i_page * s_k_page + o_g * s_k_page_head + i_row * s_k_row
+        store_rows(b_k, p_k_codes, p_k_scales, o_codes, i_page * s_k_scale + o_g * S + i_row, m_g, D, RUN, K_SCHEME)
+        o_codes = i_page * s_v_page + o_g * s_v_page_head + i_row * s_v_row
+        store_rows(b_v, p_v_codes, p_v_scales, o_codes, i_page * s_v_scale + o_g * S + i_row, m_g, D, RUN, V_SCHEME)
 
 
-def _check_kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+def _check_kv_write(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slots: Tensor) -> None:
     check_shape("k", k, ("T", "G", "D"))
     num_tokens, num_heads, head_dim = k.shape
     check_shape("v", v, (num_tokens, num_heads, head_dim))
-    check_shape("k_pages", k_pages, ("P", num_heads, "S", head_dim))
-    check_shape("v_pages", v_pages, tuple(k_pages.shape))
-    if k_pages.stride() != v_pages.stride():
-        raise ValueError(f"v_pages must have strides {list(k_pages.stride())}, got {list(v_pages.stride())}")
-    for name, x in (("k", k), ("v", v), ("k_pages", k_pages), ("v_pages", v_pages)):
+    for name, x in (("k", k), ("v", v)):
         check_float(name, x.dtype)
         check_rows(name, x)
-    check_device(k, v=v, k_pages=k_pages, v_pages=v_pages, slots=slots)
-    check_index("slots", slots, num_tokens, start=-1, stop=k_pages.shape[0] * k_pages.shape[2])
+    k_pages.check("k_pages", ("P", num_heads, "S", head_dim))
+    num_pages, _, page_size = k_pages.codes.shape[:3]
+    v_pages.check("v_pages", (num_pages, num_heads, page_size, head_dim))
+    check_device(k, v=v, k_pages=k_pages.codes, k_scales=k_pages.scales, v_pages=v_pages.codes, slots=slots)
+    check_device(k, v_scales=v_pages.scales)
+    check_index("slots", slots, num_tokens, start=-1, stop=num_pages * page_size)
+
+
+def _check_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_pages: KVPages,
+    v_pages: KVPages,
+    slots: Tensor,
+    *,
+    interleaved: bool,
+) -> None:
+    rope.check(q, k, cos, sin, positions, interleaved=interleaved)
+    _check_kv_write(k, v, k_pages, v_pages, slots)
+    check_device(q, v=v)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: tuple[Tensor, Tensor, Tensor] | None,
+    k_pages: KVPages,
+    v_pages: KVPages,
+    slots: Tensor,
+    interleaved: bool,
+) -> None:
+    """Launch the kernel; without angles, q is not looked at."""
+    (num_tokens, num_kv_heads, head_dim), page_size = k.shape, k_pages.codes.shape[2]
+    if not k.numel():
+        return
+    block_d, run = triton.next_power_of_2(head_dim), run_length(head_dim)
+    cos, sin, positions = (k, k, slots) if angles is None else angles
+    half, num_heads = (0, 0) if angles is None else (cos.shape[1], q.shape[1])
+    is_rotated = k_pages.codec.is_rotated or v_pages.codec.is_rotated
+    block_heads = max(BLOCK_HEADS, MIN_ROWS * run // block_d) if is_rotated else BLOCK_HEADS
+    if not num_heads and not is_rotated:
+        block_heads = min(block_heads, triton.next_power_of_2(num_kv_heads))
+    block_half = triton.next_power_of_2(max(half, 1))
+    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0)
+    sides = [
+        (*pages.codes.stride()[:3], 0 if pages.scales is None else pages.scales.stride(0))
+        for pages in (k_pages, v_pages)
+    ]
+    _kv_write_kernel[(num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))](
+        q, k, v, cos, sin, positions, slots, k_pages.codes, k_pages.scales, v_pages.codes, v_pages.scales,
+        *strides, *sides[0], *sides[1],
+        H=num_heads, G=num_kv_heads, S=page_size, D=head_dim, HALF=half, INTERLEAVED=interleaved, RUN=run,
+        K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme,
+        BLOCK_HEADS=block_heads, BLOCK_D=block_d, BLOCK_HALF=block_half,
+        # Few enough warps that no pair of a query has a copy in a second one, which could load it after its rotation.
+        num_warps=min(max(block_heads * (block_half if num_heads else block_d) // 128, 1), 4),
+        **overlap(k),
+    )  # fmt: skip
 
 
 @op(reference=kv_write_reference, check=_check_kv_write)
-def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+def kv_write(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slots: Tensor) -> None:
     """Write the new rows of one layer into their pages.
 
     Args:
         k: [T, G, D] fp16, bf16 or fp32, last stride 1.
         v: [T, G, D] fp16, bf16 or fp32, last stride 1.
-        k_pages: [P, G, S, D] fp16, bf16 or fp32, last stride 1.
-        v_pages: [P, G, S, D] with the strides of k_pages.
+        k_pages: [P, G, S, D] in any codec.
+        v_pages: [P, G, S, D] in any codec, not necessarily the same.
         slots: [T] int32 (or int64), page * S + offset of each row; -1 skips the row.
 
     Raises:
         TypeError: a dtype is none of those above.
         ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) a slot is out of range.
+        UnsupportedError: the codec cannot store rows of D numbers.
     """
-    num_tokens, num_heads, head_dim = k.shape
-    if k.numel():
-        block_heads = min(BLOCK_HEADS, triton.next_power_of_2(num_heads))
-        grid = (num_tokens, triton.cdiv(num_heads, block_heads))
-        strides = *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3]
-        shape = {"G": num_heads, "S": k_pages.shape[2], "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
-        _kv_write_kernel[grid](k, v, k_pages, v_pages, slots, *strides, **shape, BLOCK_HEADS=block_heads)
+    _launch(k, k, v, None, k_pages, v_pages, slots, False)
+
+
+@op(reference=rope_write_reference, check=_check_rope_write)
+def rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_pages: KVPages,
+    v_pages: KVPages,
+    slots: Tensor,
+    *,
+    interleaved: bool,
+) -> None:
+    """Turn queries in place by the angles of their positions, and write turned keys and values into their pages.
+
+    Args:
+        q: [T, H, D] fp16, bf16 or fp32, last stride 1, changed.
+        k: [T, G, D] fp16, bf16 or fp32, last stride 1, left as it is.
+        v: [T, G, D] fp16, bf16 or fp32, last stride 1.
+        cos: [L, R/2] fp32, cosine of the angle of pair i at each position; R <= D.
+        sin: [L, R/2] fp32, its sine.
+        positions: [T] int32 (or int64) in [0, L).
+        k_pages: [P, G, S, D] in any codec.
+        v_pages: [P, G, S, D] in any codec, not necessarily the same.
+        slots: [T] int32 (or int64), page * S + offset of each row; -1 skips the row.
+        interleaved: pairs are neighbours (2i, 2i + 1) rather than halves (i, i + R/2).
+
+    Raises:
+        TypeError: a dtype is none of those above.
+        ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) a position or a slot is out of
+            range.
+        UnsupportedError: the codec cannot store rows of D numbers.
+    """
+    _launch(q, k, v, (cos, sin, positions), k_pages, v_pages, slots, interleaved)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 BLOCK_HEADS = 8  # heads that share one load of the cosines and sines
 
@@ -42,7 +43,7 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
 
 
 @triton.jit
-def _rotate_heads(
+def rotate_heads(
     p_x,
     stride_head,
     i_head,
@@ -88,7 +89,10 @@ def _rope_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_t = tl.program_id(0).to(tl.int64)
     i_block = tl.program_id(1)
     i_position = tl.load(p_positions + i_t).to(tl.int64)
@@ -98,7 +102,7 @@ def _rope_kernel(
     b_sin = tl.load(p_sin + i_position * stride_sin + o_i, mask=m_i, other=0.0)[None, :]
     num_q_blocks: tl.constexpr = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
     if i_block < num_q_blocks:
-        _rotate_heads(
+        rotate_heads(
             p_q + i_t * stride_q_token,
             stride_q_head,
             i_block * BLOCK_HEADS,
@@ -111,7 +115,7 @@ def _rope_kernel(
             BLOCK_HEADS,
         )
     else:
-        _rotate_heads(
+        rotate_heads(
             p_k + i_t * stride_k_token,
             stride_k_head,
             (i_block - num_q_blocks) * BLOCK_HEADS,
@@ -183,4 +187,5 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, i
             BLOCK_HEADS=BLOCK_HEADS,
             BLOCK_HALF=block_half,
             num_warps=num_warps,
+            **overlap(q),
         )

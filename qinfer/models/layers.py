@@ -17,10 +17,10 @@ from torch import Tensor
 from qinfer.cache.paged import PagedKVCache
 from qinfer.kernels.attention import paged_attention
 from qinfer.kernels.gather import gather_columns, gather_rows
+from qinfer.kernels.kv_write import rope_write
 from qinfer.kernels.matmul import matmul, matmul_parts
 from qinfer.kernels.operand import Operand
 from qinfer.kernels.rmsnorm import add_rmsnorm, rmsnorm
-from qinfer.kernels.rope import rope
 from qinfer.kernels.silu_mul import silu_mul
 from qinfer.models.batch import Batch
 from qinfer.models.config import RopeConfig
@@ -222,10 +222,6 @@ class RopeTable:
         cos, sin = angles.cos() * config.attention_factor, angles.sin() * config.attention_factor
         return cls(cos.float(), sin.float(), config.interleaved)
 
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        """Rotate q [T, H, D] and k [T, G, D] in place to their positions [T]."""
-        rope(q, k, self.cos, self.sin, positions, interleaved=self.interleaved)
-
 
 @dataclass(frozen=True)
 class Attention:
@@ -255,11 +251,11 @@ class Attention:
         q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv.split(self.qkv(x)))
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
-        self.rope(q, k, batch.positions)
-        cache.write(self.layer, k, v, batch.slots)
+        pages, rope = cache.pages(self.layer), self.rope
+        rope_write(q, k, v, rope.cos, rope.sin, batch.positions, *pages, batch.slots, interleaved=rope.interleaved)
         mixed = paged_attention(
             q,
-            *cache.pages(self.layer),
+            *pages,
             batch.page_table,
             batch.query_starts,
             batch.context_lens,

@@ -4,49 +4,54 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qinfer.cache.formats import KV_FORMATS
 from qinfer.cache.paged import PagedKVCache
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import implementation
+from tests.kernels.coded import loss
 from tests.strategies import random_tensor, seeds
 
-SIZES = {"num_layers": 3, "num_pages": 4, "num_kv_heads": 2, "head_dim": 8, "page_size": 16}
+SIZES = {"num_layers": 3, "num_pages": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16}
+FORMATS = [*KV_FORMATS, "k8v4", "kfp16vq6"]
 
 
 def filled(seed: int = 0, **options) -> PagedKVCache:
-    """A cache in which every number is random."""
+    """A cache in which every byte is random, small enough to be a number in every format."""
     cache = PagedKVCache(device="cpu", **(SIZES | options))
-    for layer in range(SIZES["num_layers"]):
-        for i, pages in enumerate(cache.pages(layer)):
-            pages.copy_(random_tensor(*pages.shape, seed=seed + 2 * layer + i))
+    for i, tensor in enumerate(everything(cache)):
+        values = torch.randint(0, 0x70, tensor.shape, generator=torch.Generator().manual_seed(seed + i))
+        tensor.copy_(values)
     return cache
 
 
-def everything(cache: PagedKVCache) -> torch.Tensor:
-    return torch.stack([torch.stack(cache.pages(layer)) for layer in range(SIZES["num_layers"])])
+def everything(cache: PagedKVCache) -> list[torch.Tensor]:
+    """All tensors of all layers: codes and scales of keys, then of values."""
+    return [x for layer in range(SIZES["num_layers"]) for pages in cache.pages(layer) for x in pages.tensors()]
 
 
-@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize("kv_format", FORMATS)
 def test_fresh_pages_are_zero_and_of_the_format(kv_format, device):
     cache = PagedKVCache(device=device, kv_format=kv_format, **SIZES)
     assert cache.device.type == device.type
     assert (cache.num_pages, cache.page_size, cache.format.name) == (4, 16, kv_format)
     for layer in range(3):
-        for pages in cache.pages(layer):
-            assert pages.shape == (4, 2, 16, 8)
-            assert pages.dtype == KV_FORMATS[kv_format].storage_dtype
-            assert not pages.any()
+        for pages, codec in zip(cache.pages(layer), (cache.format.keys, cache.format.values), strict=True):
+            assert pages.codec == codec
+            pages.check("pages", (4, 2, 16, 16))
+            assert pages.head_dim == 16
+            assert not pages.decode().any()
 
 
-@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize("kv_format", FORMATS)
+@settings(max_examples=10)
 @given(
     num_layers=st.integers(1, 3),
     num_pages=st.integers(1, 5),
     num_kv_heads=st.integers(1, 3),
-    head_dim=st.integers(1, 9),
+    head_dim=st.integers(1, 9).map(lambda n: 16 * n),
 )
 def test_nbytes_is_the_sum_of_the_tensors(kv_format, num_layers, num_pages, num_kv_heads, head_dim):
     cache = PagedKVCache(
@@ -66,38 +71,44 @@ def test_nbytes_is_the_sum_of_the_tensors(kv_format, num_layers, num_pages, num_
 @given(
     seed=seeds,
     layer=st.integers(0, 2),
-    kv_format=st.sampled_from(sorted(KV_FORMATS)),
+    kv_format=st.sampled_from(FORMATS),
     slots=st.lists(st.integers(0, 4 * 16 - 1), unique=True, max_size=9),
     num_skipped=st.integers(0, 2),
 )
 def test_written_rows_are_read_back_and_no_other_row_changes(seed, layer, kv_format, slots, num_skipped):
     cache = filled(kv_format=kv_format)
-    expected = everything(cache).clone()
-    k, v = (random_tensor(len(slots) + num_skipped, 2, 8, seed=seed + i) for i in range(2))
-    for t, slot in enumerate(slots):
-        expected[layer, 0, slot // 16, :, slot % 16] = k[t]
-        expected[layer, 1, slot // 16, :, slot % 16] = v[t]
+    before = [tensor.clone() for tensor in everything(cache)]
+    k, v = (random_tensor(len(slots) + num_skipped, 2, 16, seed=seed + i) for i in range(2))
     with implementation("reference"):
         cache.write(layer, k, v, torch.tensor(slots + [-1] * num_skipped, dtype=torch.int32))
-    assert torch.equal(everything(cache), expected)
+    page, offset = torch.tensor(slots, dtype=torch.long) // 16, torch.tensor(slots, dtype=torch.long) % 16
+    index = (page, slice(None), offset)
+    for x, pages in zip((k, v), cache.pages(layer), strict=True):
+        scales = None if pages.scales is None else pages.scales[index]
+        assert loss(x[: len(slots)], pages.decode(index), scales, pages.codec) <= 1.005
+        for tensor in pages.tensors():
+            number = next(i for i, other in enumerate(everything(cache)) if other.data_ptr() == tensor.data_ptr())
+            before[number][index] = tensor[index]
+    assert all(torch.equal(x, y) for x, y in zip(everything(cache), before, strict=True))
 
 
-@given(source=st.integers(0, 3), target=st.integers(0, 3))
-def test_copy_page_copies_one_page_of_every_layer(source, target):
-    cache = filled()
-    expected = everything(cache).clone()
-    expected[:, :, target] = expected[:, :, source].clone()
+@given(source=st.integers(0, 3), target=st.integers(0, 3), kv_format=st.sampled_from(FORMATS))
+def test_copy_page_copies_one_page_of_every_layer(source, target, kv_format):
+    cache = filled(kv_format=kv_format)
+    expected = [tensor.clone() for tensor in everything(cache)]
+    for tensor in expected:
+        tensor[target] = tensor[source]
     cache.copy_page(source, target)
-    assert torch.equal(everything(cache), expected)
+    assert all(torch.equal(x, y) for x, y in zip(everything(cache), expected, strict=True))
 
 
 @pytest.mark.parametrize(("source", "target"), [(0, 4), (-1, 0), (4, 4)])
 def test_copy_page_refuses_pages_that_do_not_exist(source, target):
     cache = filled()
-    before = everything(cache).clone()
+    before = [tensor.clone() for tensor in everything(cache)]
     with pytest.raises(ValueError, match="a page must be from 0 to 3"):
         cache.copy_page(source, target)
-    assert torch.equal(everything(cache), before)
+    assert all(torch.equal(x, y) for x, y in zip(everything(cache), before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +125,8 @@ def test_impossible_sizes_are_refused(change, message):
         PagedKVCache(device="cpu", **(SIZES | change))
 
 
-def test_an_unknown_format_is_refused():
-    with pytest.raises(UnsupportedError, match="fp16, bf16, fp32"):
-        PagedKVCache(device="cpu", kv_format="q8", **SIZES)
+def test_a_format_that_does_not_exist_or_fit_is_refused():
+    with pytest.raises(UnsupportedError, match="fp16, bf16, fp32, fp8, fp8_e5m2, q8, q6, q4"):
+        PagedKVCache(device="cpu", kv_format="q5", **SIZES)
+    with pytest.raises(UnsupportedError, match="'q8' needs a head size that is a multiple of 16, got 40"):
+        PagedKVCache(device="cpu", kv_format="k8v4", **(SIZES | {"head_dim": 40}))

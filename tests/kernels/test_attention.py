@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qinfer.kernels import attention
 from qinfer.kernels.attention import paged_attention
+from qinfer.kernels.attention_reduce import locks_of
+from qinfer.kernels.attention_tiles import MAX_SPLITS, choose_splits, choose_tiles
+from qinfer.kernels.kv_codec import KVPages
 from tests.compare import assert_close
 from tests.strategies import random_tensor, seeds
 
@@ -38,8 +40,9 @@ class Case:
         return self.query_starts.diff().tolist()
 
     @property
-    def args(self) -> tuple[Tensor, ...]:
-        return self.q, self.k_pages, self.v_pages, self.page_table, self.query_starts, self.context_lens
+    def args(self) -> tuple[Tensor | KVPages, ...]:
+        pages = KVPages.plain(self.k_pages), KVPages.plain(self.v_pages)
+        return self.q, *pages, self.page_table, self.query_starts, self.context_lens
 
     @property
     def options(self) -> dict[str, float]:
@@ -187,6 +190,14 @@ def test_padding_gives_zeros(body, device):
         assert (out[1] != 0).all()
 
 
+@pytest.mark.kernel
+def test_arrival_counters_are_left_at_zero(device):
+    case = make_case([1, 1, 1], [40, 0, 17], device)
+    first, second = (paged_attention.launch(*case.args, **case.options, splits=3) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not locks_of(case.q.device).any()
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_large_scores_do_not_overflow(body, device):
     case = make_case([1, 9], [30, 30], device)
@@ -256,25 +267,26 @@ def test_splits_do_not_change_the_result(seed, context_lens, data, device):
     head_dim=st.integers(1, 256),
     page_size=st.integers(1, 32).map(lambda n: 16 * n),
     itemsize=st.sampled_from([2, 4]),
+    is_coded=st.booleans(),
 )
-def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize):
-    tiles = attention._tiles(max_query_len, group, head_dim, page_size, itemsize)
+def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize, is_coded):
+    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, is_coded=is_coded)
     assert tiles.block_m >= max(16, group)
     assert tiles.block_n >= 16
     assert page_size % tiles.block_n == 0
 
 
 def test_splits_fill_the_device_and_no_more(device):
-    assert attention._num_splits(1, 1000, device) <= attention.MAX_SPLITS
-    assert attention._num_splits(1, 3, device) == 3
-    assert attention._num_splits(10_000, 1000, device) == 1
-    assert attention._num_splits(1, 0, device) == 1
+    assert choose_splits(1, 1000, device) <= MAX_SPLITS
+    assert choose_splits(1, 3, device) == 3
+    assert choose_splits(10_000, 1000, device) == 1
+    assert choose_splits(1, 0, device) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"v_pages": torch.zeros(9, 2, 16, 16)}, ValueError, r"v_pages must be"),
+        ({"v_pages": KVPages.plain(torch.zeros(9, 2, 16, 16))}, ValueError, r"v_pages must be"),
         ({"context_lens": torch.zeros(1)}, TypeError, r"context_lens must be torch.int32, got torch.float32"),
         ({"query_starts": torch.zeros(3, dtype=torch.int32)}, ValueError, r"query_starts must be \[2\], got \[3\]"),
         ({"q": torch.zeros(1, 3, 32)}, ValueError, r"multiple of KV heads, got 3 and 2"),
@@ -282,6 +294,7 @@ def test_splits_fill_the_device_and_no_more(device):
         ({"order": torch.zeros(127, dtype=torch.int32)}, ValueError, r"order must be \[128\], got \[127\]"),
         ({"window": 0}, ValueError, r"window must be at least 1, got 0"),
         ({"splits": 0}, ValueError, r"splits must be at least 1, got 0"),
+        ({"splits": 33}, ValueError, r"splits must be at most 32, got 33"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

@@ -138,7 +138,7 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     cache = model.new_cache(4, page_size=16)
     prefill = Batch.build([Piece(ids[:20], 0, [2, 0], "none")], page_size=16, device="cpu")
     assert model.decoder(prefill, cache).shape == (0, tiny.VOCAB)
-    before = [page.clone() for page in cache.pages(0)]
+    before = [page.codes.clone() for page in cache.pages(0)]
     step = [Piece(ids[20:], 20, [2, 0], "last")]
     padded = Batch.build(step, page_size=16, device="cpu", pad_to=4, table_width=4)
     logits = model.decoder(padded, cache)
@@ -146,7 +146,7 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     assert torch.isfinite(logits).all()
     assert_close(logits[:1], model.logits(ids)[-1:])
     for page, old in zip(cache.pages(0), before, strict=True):
-        changed = (page != old).any(dim=3).any(dim=1).nonzero().tolist()
+        changed = (page.codes != old).any(dim=3).any(dim=1).nonzero().tolist()
         assert changed == [[0, 4]], "only the slot of token 20, the second page's fifth, may change"
 
 

@@ -1,0 +1,162 @@
+"""Adding up the runs into which attention cuts the keys of a sequence: what each program left, in a fixed order.
+
+    out = sum_i 2^(lse_i - max lse) part_i / sum_i 2^(lse_i - max lse)
+
+parts are [T, H, runs, D] fp32, each normalized by itself, lse [T, H, runs] the base-2 logarithms of their softmax sums;
+a run without keys has -inf there and no part. Results are [T, H * D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qinfer.kernels.attention_tiles import MAX_SPLITS
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+
+MAX_LOCKS = 1 << 16
+BLOCK_F = 128  # features that one program of the second kernel adds up
+
+
+@triton.jit
+def _reduce_block(
+    p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, num_splits,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Add up the runs of every row of one block, all runs of a row at once."""
+    o_split = tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    for i_row in range(b_num_rows):
+        i_token = (i_first + i_row // GROUP).to(tl.int64)
+        i_query_head = i_head * GROUP + i_row % GROUP
+        o_part = (i_token * NUM_HEADS + i_query_head) * num_splits + o_split
+        b_lse = tl.load(p_lse + o_part, mask=o_split < num_splits, other=float("-inf"), cache_modifier=".cg")
+        # A run without tiles has stored nothing but its sum, of zero.
+        m_part = (b_lse > float("-inf"))[:, None] & m_d[None, :]
+        p_part = p_parts + o_part[:, None] * HEAD_DIM + o_d[None, :]
+        b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
+        b_max = tl.max(b_lse, axis=0)
+        b_weight = tl.exp2(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max))
+        b_sum = tl.sum(b_weight, axis=0)
+        b_out = tl.sum(b_weight[:, None] * b_part, axis=0) / tl.where(b_sum > 0.0, b_sum, 1.0)
+        o_feature = i_query_head * HEAD_DIM + o_d
+        if HAS_ORDER:
+            o_feature = tl.load(p_inverse + o_feature, mask=m_d, other=0)
+        p_row = p_out + i_token * (NUM_HEADS * HEAD_DIM) + o_feature
+        tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def reduce_if_last(
+    p_lock, p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, num_splits,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Add up a block if this program is the last one to have stored its run.
+
+    Args:
+        p_lock: how many programs of the block have arrived, left at zero.
+        p_parts: [T, H, runs, D].
+        p_lse: [T, H, runs].
+        p_out: [T, H * D].
+        p_inverse: [H * D] where each feature goes, if HAS_ORDER.
+        i_first: first token of the block.
+        b_num_rows: rows of the block, GROUP query heads for each of its tokens.
+        i_head: KV head of the block.
+        num_splits: runs.
+        GROUP: query heads per KV head.
+        NUM_HEADS: H.
+        HEAD_DIM: D.
+        BLOCK_D: a power of two not below D.
+        BLOCK_S: a power of two not below the number of runs.
+        HAS_ORDER: whether features are permuted.
+    """
+    # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
+    tl.debug_barrier()
+    if tl.atomic_add(p_lock, 1, sem="acq_rel") == num_splits - 1:
+        _reduce_block(
+            p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, num_splits,
+            GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
+        )  # fmt: skip
+        tl.store(p_lock, 0)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _reduce_splits_kernel(
+    p_parts,  # [T, H, runs, D]
+    p_lse,  # [T, H, runs]
+    p_order,
+    p_out,  # [T, H*D]
+    num_splits,
+    NUM_FEATURES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    i_token = tl.program_id(0).to(tl.int64)
+    o_out = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    m_out = o_out < NUM_FEATURES
+    o_feature = o_out
+    if HAS_ORDER:
+        o_feature = tl.load(p_order + o_out, mask=m_out, other=0)
+    o_head = i_token * (NUM_FEATURES // HEAD_DIM) + o_feature // HEAD_DIM
+    o_split = tl.arange(0, BLOCK_S)
+    o_part = o_head[None, :] * num_splits + o_split[:, None]
+    m_part = m_out[None, :] & (o_split < num_splits)[:, None]
+    b_lse = tl.load(p_lse + o_part, mask=m_part, other=float("-inf"))
+    m_part = m_part & (b_lse > float("-inf"))
+    b_part = tl.load(p_parts + o_part * HEAD_DIM + (o_feature % HEAD_DIM)[None, :], mask=m_part, other=0.0)
+    b_max = tl.max(b_lse, axis=0)
+    b_weight = tl.exp2(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
+    b_sum = tl.sum(b_weight, axis=0)
+    b_out = tl.sum(b_weight * b_part, axis=0) / tl.where(b_sum > 0.0, b_sum, 1.0)
+    tl.store(p_out + i_token * NUM_FEATURES + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+# The inverse of an order, as long as the order lives.
+_inverses: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Return where each feature goes, [H * D] int32, if order says where each comes from."""
+    if order not in _inverses:
+        _inverses[order] = order.argsort().to(torch.int32)
+    return _inverses[order]
+
+
+@cache
+def locks_of(device: torch.device) -> Tensor:
+    """Return the arrival counters of a device; every launch leaves them at zero.
+
+    Launches share them, so all attention of a device must run on one stream at a time.
+    """
+    return torch.zeros(MAX_LOCKS, dtype=torch.int32, device=device)
+
+
+def add_runs(parts: Tensor, lse: Tensor, order: Tensor | None, out: Tensor) -> None:
+    """Launch the kernel that adds up all runs, after the one that made them.
+
+    Args:
+        parts: [T, H, runs, D] fp32.
+        lse: [T, H, runs] fp32.
+        order: [H * D] int32, feature j of the result is feature order[j] of the concatenated heads.
+        out: [T, H * D], written.
+    """
+    num_tokens, num_heads, num_splits, head_dim = parts.shape
+    _reduce_splits_kernel[num_tokens, triton.cdiv(num_heads * head_dim, BLOCK_F)](
+        parts, lse, order, out, num_splits,
+        NUM_FEATURES=num_heads * head_dim, HEAD_DIM=head_dim, HAS_ORDER=order is not None,
+        BLOCK_F=BLOCK_F, BLOCK_S=MAX_SPLITS, **overlap(out),
+    )  # fmt: skip
