@@ -12,7 +12,9 @@ import sys
 import pytest
 import torch
 
-from qinfer.bench.cases import CASES, TINY, Case
+from qinfer.bench.case import Case
+from qinfer.bench.cases import CASES
+from qinfer.bench.shapes import TINY
 from qinfer.kernels.device import OPS
 from tests.house import FLOORS, ROOT, SHELVES, Function, Module, modules, part_of
 

@@ -6,172 +6,37 @@ is touched and shapes of any size are free; `fill="random"` makes valid data (pe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate, product, starmap
-from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from qinfer.kernels.kv_codec import CODECS, KVPages
-from qinfer.kernels.operand import FIELDS, SLICE_K, DenseOperand, PlaneOperand, tile_k
+from qinfer.bench.case import CASES, Arguments, case
+from qinfer.bench.maker import PAGE_SIZE, Maker
+from qinfer.bench.shapes import (
+    CODED,
+    FP32,
+    G128,
+    HALVES,
+    LLAMA,
+    OTHERS,
+    QWEN,
+    SHAPES,
+    STEPS,
+    TINY,
+    TOKENS,
+    VARIANTS,
+    WIDTHS,
+    Matrix,
+    Run,
+    Shape,
+    Step,
+    Stored,
+    Variant,
+    matrices,
+)
+from qinfer.kernels.operand import DenseOperand
 
-Fill = Literal["empty", "random"]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-PAGE_SIZE = 256
-NUM_PARTS = 8
-FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-HALVES = {"fp16": FP16, "bf16": BF16}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op with one set of arguments."""
-
-    op: str
-    name: str
-    make: Callable[[torch.device, Fill], Arguments]
-    compiled: bool = True  # False: CI need not compile it; its kernels differ little from another case's
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model."""
-
-    name: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocabulary: int
-
-    @property
-    def qkv(self) -> int:
-        """Columns of the merged query, key and value projection."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-
-LLAMA = Shape("llama-3.1-8b", 4096, 32, 8, 128, 14336, 128256)
-QWEN = Shape("qwen2-7b", 3584, 28, 4, 128, 18944, 152064)
-TINY = Shape("storyteller", 256, 8, 2, 32, 768, 2048)
-SHAPES = (LLAMA, QWEN, TINY)
-TOKENS = (1, 16, 2048)  # one token, a decode batch, a chunk of a prompt
-
-
-@dataclass(frozen=True)
-class Run:
-    """A number of tokens through a model in one element type."""
-
-    shape: Shape
-    tokens: int
-    half: str
-
-    @property
-    def name(self) -> str:
-        """The name of the cases."""
-        return f"{self.shape.name} T={self.tokens} {self.half}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The element type of activations and weights."""
-        return HALVES[self.half]
-
-    @property
-    def compiled(self) -> bool:
-        """One element type of a wide model and the other of a narrow one are enough for CI, and several tokens."""
-        return self.tokens > 1 and (self.shape.name, self.half) in ((LLAMA.name, "fp16"), (TINY.name, "bf16"))
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Makes tensors on one device, all uninitialized or all valid."""
-
-    device: torch.device
-    fill: Fill
-
-    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Standard normal numbers."""
-        tensor = self._empty(*shape, dtype=dtype)
-        return tensor.normal_() if self.fill == "random" else tensor
-
-    def parts(self, run: Run, width: int) -> Tensor:
-        """A product of the run's tokens in as many parts as it has there: one where tokens are many."""
-        return self.normal(1 if run.tokens > 64 else NUM_PARTS, run.tokens, width, dtype=FP32)
-
-    def integers(self, *shape: int, low: int = 0, high: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        """Integers in [low, high)."""
-        tensor = self._empty(*shape, dtype=dtype)
-        return tensor.random_(low, high) if self.fill == "random" else tensor
-
-    def permutation(self, n: int, *, wanted: bool = True) -> Tensor | None:
-        """A random order of n features as int32; None when none is wanted."""
-        if not wanted:
-            return None
-        if self.fill == "empty":
-            return self._empty(n, dtype=torch.int32)
-        return torch.randperm(n, device=self.device, dtype=torch.int32)
-
-    def steps(self, values: list[int]) -> Tensor:
-        """Given int32 values."""
-        if self.fill == "empty":
-            return self._empty(len(values), dtype=torch.int32)
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def numbers(self, rows: list[list[float]]) -> Tensor:
-        """A table of given fp64 numbers."""
-        if self.fill == "empty":
-            return self._empty(len(rows), len(rows[0]), dtype=torch.float64)
-        return torch.tensor(rows, dtype=torch.float64, device=self.device)
-
-    def heads(self, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as strided views of a merged projection."""
-        qkv = self.normal(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)
-        q, k, v = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-        return q, k, v
-
-    def pages(self, shape: Shape, num_pages: int, name: str) -> KVPages:
-        """One layer's page pool for keys or for values, in some codec."""
-        codec, places = CODECS[name], (num_pages, shape.kv_heads, PAGE_SIZE)
-        if codec.scheme == "plain":
-            return KVPages.plain(self.normal(*places, shape.head_dim, dtype=codec.dtype))
-        scales = self.normal(*places, dtype=torch.bfloat16).abs() if codec.has_scales else None
-        # Codes below 0x70 are numbers in every codec.
-        return KVPages(self.integers(*places, codec.width(shape.head_dim), high=0x70, dtype=codec.dtype), scales, codec)
-
-    def planes(self, matrix: Matrix, stored: Stored, dtype: torch.dtype) -> PlaneOperand:
-        """An integer matrix with scales in dtype."""
-        k, n = matrix.k, matrix.n
-        group_size = -(-k // SLICE_K) * SLICE_K if stored.group_size == -1 else stored.group_size
-        groups = -(-k // group_size)
-        planes = tuple(self.words(k, n, width) for width in FIELDS[stored.bits])
-        offsets = None if stored.sym else self.integers(groups, n, low=-2, high=2, dtype=torch.int8)
-        scales = self.normal(groups, n, dtype=dtype)
-        if self.fill == "random":
-            scales.abs_().mul_(k**-0.5 * 4 / 2**stored.bits)  # products of standard normal inputs stay near one
-        order = self.permutation(k, wanted=stored.order)
-        return PlaneOperand(planes, scales, offsets, stored.bits, group_size, k, order)
-
-    def words(self, k: int, n: int, width: int) -> Tensor:
-        """A plane of fields of some width."""
-        return self.integers(-(-k // tile_k(width)), n, SLICE_K, low=-(2**15), high=2**15, dtype=torch.int16)
-
-
-CASES: list[Case] = []
-
-
-def case(op: str, name: str, *, compiled: bool = True) -> Callable[[Callable[[Maker], Arguments]], None]:
-    """Register the function below as a case of an op."""
-
-    def register(make: Callable[[Maker], Arguments]) -> None:
-        CASES.append(Case(op, name, lambda device, fill: make(Maker(device, fill)), compiled))
-
-    return register
+__all__ = ["CASES"]
 
 
 def _norm_cases(run: Run, *, order: bool) -> None:
@@ -253,45 +118,6 @@ def _silu_mul_case(run: Run, *, order: bool) -> None:
         return (m.parts(run, 2 * run.shape.mlp),), keywords
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a step does: the new tokens of each sequence, and the context length of all of them."""
-
-    name: str
-    queries: tuple[int, ...]
-    context: int
-    compiled: bool = True
-
-
-STEPS = (
-    Step("decode B=1 context=512", (1,), 512),
-    Step("decode B=1 context=8192", (1,), 8192, compiled=False),
-    Step("decode B=16 context=1024", (1,) * 16, 1024, compiled=False),
-    Step("draft B=4 context=1024", (5,) * 4, 1024),
-    Step("prefill T=2048", (2048,), 2048),
-    Step("mixed T=519", (512, *(1,) * 7), 4096, compiled=False),
-)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What may be asked of attention beside a step."""
-
-    window: int | None = None
-    order: bool = False
-    codecs: tuple[str, str] | None = None  # None: the pages have the element type of the queries
-
-    @property
-    def name(self) -> str:
-        """What the names of cases end in."""
-        window, order = f" window={self.window}" if self.window else "", " order" if self.order else ""
-        return f"{window}{order}{'' if self.codecs is None else ' k' + self.codecs[0] + ' v' + self.codecs[1]}"
-
-
-VARIANTS = (Variant(), Variant(order=True), Variant(window=512))
-CODED = tuple(Variant(codecs=pair) for pair in (("fp8", "fp8"), ("q8", "q8"), ("q8", "q4"), ("q6", "q6"), ("q4", "q4")))
-
-
 def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
     """Attention of one step; every sequence has pages of its own, anywhere in the pool."""
     name, window, order = f"{s.name} {step.name} {half}{variant.name}", variant.window, variant.order
@@ -313,49 +139,6 @@ def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
         tables = (table.view(batch, width), m.steps(starts), m.steps([step.context] * batch))
         keywords = {"max_query_len": max(step.queries), "scale": s.head_dim**-0.5, "window": window}
         return (q, k_pages, v_pages, *tables), {**keywords, "order": m.permutation(q[0].numel(), wanted=order)}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How an integer matrix is stored."""
-
-    name: str
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    order: bool = False
-
-
-G128 = Stored("g128")
-OTHERS = (
-    Stored("g128 asym", sym=False),
-    Stored("g32", group_size=32),
-    Stored("g64 asym", group_size=64, sym=False),
-    Stored("one group", group_size=-1),
-    Stored("g128 order", order=True),
-)
-WIDTHS = tuple(Stored(f"{bits} bits", bits=bits, sym=bits != 3) for bits in FIELDS if bits != 4)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A projection of a model: its sizes, and whether it writes into the fp32 residual stream or adds a bias."""
-
-    name: str
-    k: int
-    n: int
-    residual: bool = False
-    bias: bool = False
-
-
-def matrices(s: Shape) -> tuple[Matrix, ...]:
-    """Return the four merged projections of a block."""
-    return (
-        Matrix(f"{s.name} qkv", s.hidden, s.qkv, bias=s is QWEN),
-        Matrix(f"{s.name} o", s.heads * s.head_dim, s.hidden, residual=True),
-        Matrix(f"{s.name} gate_up", s.hidden, 2 * s.mlp),
-        Matrix(f"{s.name} down", s.mlp, s.hidden, residual=True),
-    )
 
 
 def _matmul_case(matrix: Matrix, stored: Stored, t: int, half: str, *, compiled: bool) -> None:

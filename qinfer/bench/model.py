@@ -140,7 +140,7 @@ def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     table, *norms = decoder.tensors()
     cache = model.new_cache(1, kv_format=options.kv_format)
     middle = options.context + options.new_tokens // 2
-    _, num_kv_heads, *_ = cache.pages(0)[0].shape
+    _, num_kv_heads, *_ = cache.pages(0)[0].codes.shape
     per_token: int = cache.format.nbytes_per_token(num_kv_heads, config.head_dim)
     per_sequence: int = table.shape[1] * table.itemsize + config.num_layers * middle * per_token
     batch: int = options.batch

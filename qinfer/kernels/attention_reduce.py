@@ -31,12 +31,10 @@ def _reduce_block(
     BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Add up the runs of every row of one block, all runs of a row at once."""
-    o_split = tl.arange(0, BLOCK_S)
-    o_d = tl.arange(0, BLOCK_D)
+    o_split, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
     for i_row in range(b_num_rows):
-        i_token = (i_first + i_row // GROUP).to(tl.int64)
-        i_query_head = i_head * GROUP + i_row % GROUP
+        i_token, i_query_head = (i_first + i_row // GROUP).to(tl.int64), i_head * GROUP + i_row % GROUP
         o_part = (i_token * NUM_HEADS + i_query_head) * num_splits + o_split
         b_lse = tl.load(p_lse + o_part, mask=o_split < num_splits, other=float("-inf"), cache_modifier=".cg")
         # A run without tiles has stored nothing but its sum, of zero.

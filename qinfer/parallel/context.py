@@ -308,7 +308,7 @@ def _bytes_per_element(base: str | type | None, head_dim: int) -> float:
     if base is None:
         return 2.0
     if isinstance(base, str):
-        return kv_format(base).nbytes_per_row(head_dim) / head_dim
+        return kv_format(base).nbytes_per_token(1, head_dim) / 2 / head_dim
     return _CACHE_BYTES.get(base.__name__.rpartition("_")[2], 2.0)
 
 

@@ -2,14 +2,12 @@
 
     W[k, n] = weight[n, k] * weight_scale_inv[n // bn, k // bk],   weight_block_size = [bn, bk]
 
-    weight            float8_e4m3fn [N, K]
+    weight, bias      float8_e4m3fn [N, K], [N]; the bias is optional
     weight_scale_inv  fp32 or bf16 [ceil(N/bn), ceil(K/bk)]   a factor, in spite of its name; the last blocks may be cut
-    bias              [N]                                     optional
 
 `operand` gives a dense matrix in the dtype of the activations, which takes two bytes per weight on a GPU. Activations
-are not rounded to FP8, so results are closer to the unquantized model than those of FP8 products.
-
-Source: transformers' finegrained_fp8.
+are not rounded to FP8, so results are closer to the unquantized model than those of FP8 products. Source: transformers'
+finegrained_fp8.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ from qinfer.kernels.operand import DenseOperand
 from qinfer.quant.weight import Dim, Source, check_cut, check_matrix, take, take_bias
 
 E4M3 = torch.float8_e4m3fn
-LARGEST_CODE = torch.finfo(E4M3).max
-LARGEST_VALUE = torch.finfo(torch.float16).max
+LARGEST_CODE, LARGEST_VALUE = torch.finfo(E4M3).max, torch.finfo(torch.float16).max
 SERVED = "what works: dynamic activations and a weight_block_size such as [128, 128]"
 
 

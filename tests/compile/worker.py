@@ -30,7 +30,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import qinfer.kernels
-from qinfer.bench.cases import CASES, Case
+from qinfer.bench.case import Case
+from qinfer.bench.cases import CASES
 from qinfer.kernels import device
 from tests.compile.targets import TARGETS, Target
 
