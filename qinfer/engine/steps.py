@@ -179,14 +179,18 @@ class StepRunner:
         """
         if self.graphs is not None:
             self.graphs.capture_all()
+        max_batch, room = len(self._sampled), self._table_width * self._page_size
+        # What stands in the pages does not matter, and page 0 is there in any pool.
         single = Piece([0], 0, [0], "last")
-        for length in _sizes(min(max_step_tokens, self._table_width * self._page_size)):
-            # What stands in the pages does not matter, and page 0 is there in any pool.
-            prompt = Piece([0] * length, 0, [0] * -(-length // self._page_size), "last")
-            for pieces in ([prompt], [prompt, single], [single] * (len(self._sampled) - 1) + [prompt]):
-                batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
-                batch.slots.fill_(-1)
-                self._warm_up_sampling(self._forward(batch, self._cache))
+        for length in _sizes(min(max_step_tokens, room)):
+            # Attention cuts keys into runs where a step has few programs for many keys.
+            for start in {0, room - length}:
+                prompt = Piece([0] * length, start, [0] * -(-(start + length) // self._page_size), "last")
+                several = [prompt] * min(max_batch, max_step_tokens // length)
+                for pieces in ([prompt], [prompt, single], [single] * (max_batch - 1) + [prompt], several):
+                    batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
+                    batch.slots.fill_(-1)
+                    self._warm_up_sampling(self._forward(batch, self._cache))
         if self._on_gpu:
             torch.cuda.synchronize(self._model.device)
 

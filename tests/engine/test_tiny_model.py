@@ -83,9 +83,10 @@ def test_warm_up_leaves_everything_as_it_is(model: Model) -> None:
     first, second = gen.submit(tiny.prompt(20), GREEDY), gen.submit(tiny.prompt(5), GREEDY)
     gen.step()
     gen.step()
-    before = [page.clone() for layer in range(model.config.num_layers) for page in gen.cache.pages(layer)]
+    sides = [side for layer in range(model.config.num_layers) for side in gen.cache.pages(layer)]
+    before = [tensor.clone() for side in sides for tensor in side.tensors()]
     gen.warm_up()
-    after = [page for layer in range(model.config.num_layers) for page in gen.cache.pages(layer)]
+    after = [tensor for side in sides for tensor in side.tensors()]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     while gen.scheduler.has_work:
         gen.step()

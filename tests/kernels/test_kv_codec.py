@@ -102,7 +102,9 @@ def test_rope_write_is_rope_and_then_kv_write(names, dtype, head_dim, half, head
     written = (torch.tensor([1, 0]), slice(None), torch.tensor([1, 2]))
     for one, two, three in zip(fused, steps, plain, strict=True):
         for a, b in zip(one.tensors(), two.tensors(), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            # A multiply and an add may be one rounding in one kernel and two in the other, which only fp32 shows.
+            tolerance = 1e-6 if a.dtype == torch.float32 else 0
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
         assert_close(one.decode(written), three.decode(written), dtype=torch.bfloat16)
 
 
