@@ -164,12 +164,12 @@ def load_rows(p_row, m_row, DTYPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D
             b_even = _centred(b_low << 4, 120)
             b_odd = _centred(b_low & 0xF0, 120)
         else:
-            o_quarter = tl.arange(0, BLOCK_D // 4)[None, :]
-            m_quarter = m_row[:, None] & (o_quarter < HEAD_DIM // 4)
-            b_high = tl.load(p_row[:, None] + HEAD_DIM // 2 + o_quarter, mask=m_quarter, other=0)
-            b_high = join_pairs(b_high & 15, b_high >> 4)
-            b_even = _centred((b_low & 15) << 2 | b_high << 6, 126)
-            b_odd = _centred((b_low >> 4) << 2 | (b_high >> 2) << 6, 126)
+            # Each byte of the high plane serves two of the low plane, and is loaded twice: joining its halves in
+            # registers gives wrong operands of a product with 16 keys on Hopper (Triton 3.6).
+            b_high = tl.load(p_row[:, None] + HEAD_DIM // 2 + o_half // 2, mask=m_half, other=0)
+            b_high = b_high >> (o_half % 2 * 4).to(tl.uint8)
+            b_even = _centred((b_low & 15) << 2 | (b_high & 3) << 6, 126)
+            b_odd = _centred((b_low >> 4) << 2 | (b_high >> 2 & 3) << 6, 126)
     else:
         o_d = tl.arange(0, BLOCK_D)[None, :]
         b_byte = tl.load(p_row[:, None] + o_d, mask=m_row[:, None] & (o_d < HEAD_DIM), other=0)
