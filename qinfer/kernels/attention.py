@@ -33,15 +33,17 @@ from torch import Tensor
 from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, reduce_if_last
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
-from qinfer.kernels.device import is_amd_target, is_ptx_target, op
+from qinfer.kernels.device import arch, is_amd_target, op
 from qinfer.kernels.kv_codec import KVPages, run_length
 from qinfer.kernels.kv_tile import has_scales, is_packed, is_rotated, join_pairs, load_rows, rotate, split_pairs
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
-# Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills.
+# Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
+# found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
 REGISTERS = {"maxnreg": 255}
+SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
 LOG2_E = 1.4426950408889634
 
 
@@ -310,6 +312,12 @@ def _element_size(q: Tensor, k_pages: KVPages, v_pages: KVPages) -> int:
     return max((pages.codes if pages.codec.scheme == "plain" else q).element_size() for pages in both)
 
 
+def _registers(q: Tensor, *, is_coded: bool) -> dict[str, int]:
+    """Return the option of a launch that sets the limit of registers, if it needs one."""
+    name = arch(q.device)
+    return REGISTERS if name in SAVES_ALWAYS or (is_coded and name in SAVES_FOR_CODES) else {}
+
+
 def _check_paged_attention(
     q: Tensor,
     k_pages: KVPages,
@@ -430,7 +438,7 @@ def paged_attention(
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        **(REGISTERS if is_coded and is_ptx_target(q) else {}), **overlap(q),
+        **_registers(q, is_coded=is_coded), **overlap(q),
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:
         add_runs(parts, lse, order, out)
