@@ -37,7 +37,7 @@ from qinfer.kernels.dequant import check_plane_operand, dequantize, load_step, s
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand, step_k
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
-from qinfer.kernels.tiles import Tile, lookup
+from qinfer.kernels.tiles import Tile, lookup, registers
 
 FUSED_ROWS = 64
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
@@ -308,7 +308,7 @@ def _fused(
         tuple(s.group_size for s in segments),
         SEGMENTS=tuple(_constants(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-        **overlap(x),
+        **registers(arch(x.device), tuple(s.bits for s in segments), tile), **overlap(x),
     )  # fmt: skip
     return y
 

@@ -21,6 +21,10 @@ MIN_PART = 512  # features of K that a program keeps
 # Rows of a program. Without tensor cores that read their second operand from shared memory, more than 32 rows of sums
 # beside the unpacked weights do not fit the registers.
 MAX_ROWS = {"sm_90": 64, "sm_100": 64}
+# Where ptxas, left alone, saves registers at the price of spills: what three programs of four warps per multiprocessor
+# may have, and the widths and rows it is said for. Found by compiling all cases; said to others, it makes spills.
+REGISTERS = 168
+SAVING = {"sm_100": ((2, 3, 4), 64), "sm_120": ((4,), 16)}
 TABLES = Path(__file__).parent / "tile_tables"
 
 
@@ -63,6 +67,13 @@ def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, .
     """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits."""
     row = _table(arch).get(("matmul", widths[0], bucket(m), n, k)) if len(widths) == 1 else None
     return row or rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
+
+
+def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
+    """Return the option of a launch that sets the limit of registers, if a tile needs one."""
+    saving, max_rows = SAVING.get(arch, ((), 0))
+    is_saving = len(widths) == 1 and widths[0] in saving and tile.block_m <= max_rows
+    return {"maxnreg": REGISTERS} if is_saving and tile.warps == 4 else {}
 
 
 def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_rows: int = 64) -> Tile:
