@@ -117,6 +117,7 @@ def _tune_shape(operands: list[PlaneOperand], x: Tensor, device: torch.device) -
         {
             "op": "matmul",
             "bits": bits,
+            "group_size": operands[0].group_size,
             "m_max": m,
             "n": n,
             "k": k,

@@ -345,7 +345,7 @@ def _product(
     if not isinstance(operand, DenseOperand) and (tile is not None or m <= FUSED_ROWS):
         segments = _segments(operand)
         widths = tuple(segment.bits for segment in segments)
-        tile = tile or lookup(arch(x.device), num_sms(x.device), m, n, k, widths)
+        tile = tile or lookup(arch(x.device), num_sms(x.device), m, n, k, widths, segments[0].group_size)
         return _fused(x, segments, bias, out, dtype, tile)
     y = torch.empty(m, n, dtype=dtype, device=x.device) if out is None else out
     if isinstance(operand, DenseOperand):

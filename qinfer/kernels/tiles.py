@@ -48,14 +48,14 @@ def bucket(m: int) -> int:
 
 
 @cache
-def _table(arch: str) -> dict[tuple[str, int, int, int, int], Tile]:
+def _table(arch: str) -> dict[tuple[str, int, int, int, int, int], Tile]:
     """Read the table of one GPU; an empty one if none was measured."""
     path = TABLES / f"{arch}.json"
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["rows"]
     return {
-        (row["op"], row["bits"], row["m_max"], row["n"], row["k"]): Tile(
+        (row["op"], row["bits"], row["group_size"], row["m_max"], row["n"], row["k"]): Tile(
             **{field: row[field] for field in Tile.__annotations__}
         )
         for row in rows
@@ -63,9 +63,12 @@ def _table(arch: str) -> dict[tuple[str, int, int, int, int], Tile]:
 
 
 @cache
-def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
-    """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits."""
-    row = _table(arch).get(("matmul", widths[0], bucket(m), n, k)) if len(widths) == 1 else None
+def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], group_size: int) -> Tile:
+    """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits.
+
+    Rows of the table are for matrices of one width; a tile that fits one group size may spill with another.
+    """
+    row = _table(arch).get(("matmul", widths[0], group_size, bucket(m), n, k)) if len(widths) == 1 else None
     return row or rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
 
 

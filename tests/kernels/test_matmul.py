@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +15,9 @@ from hypothesis import strategies as st
 from qinfer.kernels import matmul as module
 from qinfer.kernels.dequant import dequantize
 from qinfer.kernels.matmul import matmul, matmul_parts
-from qinfer.kernels.operand import FIELDS, DenseOperand
+from qinfer.kernels.operand import FIELDS, DenseOperand, step_k
 from qinfer.kernels.parts import add_up
-from qinfer.kernels.tiles import Tile, bucket, lookup, rule
+from qinfer.kernels.tiles import TABLES, Tile, bucket, lookup, rule
 from tests.compare import assert_close
 from tests.kernels.operands import plane_operand, segmented_operand
 from tests.strategies import random_tensor
@@ -238,4 +241,15 @@ def test_buckets_hold_their_members(m: int) -> None:
 
 
 def test_unknown_gpus_use_the_rule() -> None:
-    assert lookup("sm_00", 100, 1, 4096, 4096, (4,)) == rule(100, 1, 4096, 4096, (4,))
+    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 128) == rule(100, 1, 4096, 4096, (4,))
+
+
+@pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_rows_of_a_table_are_found_by_all_that_they_depend_on(path: Path) -> None:
+    for row in json.loads(path.read_text())["rows"]:
+        tile = Tile(**{field.name: row[field.name] for field in fields(Tile)})
+        bits, group_size, m, n, k = (row[name] for name in ("bits", "group_size", "m_max", "n", "k"))
+        assert lookup(path.stem, 132, m, n, k, (bits,), group_size) == tile
+        assert lookup(path.stem, 132, m, n, k, (bits,), 32) == rule(132, m, n, k, (bits,)), "another group size"
+        assert bucket(m) == m
+        assert tile.split_k <= -(-k // step_k(bits)), "a program without work"
