@@ -98,7 +98,7 @@ class Generator:
 
         Args:
             model: The model; several generators may share it.
-            kv_format: How keys and values are stored.
+            kv_format: How keys and values are stored, with exceptions for layers as in "q4,0-1:q8,-1:fp16".
             max_tokens: Tokens that the page pool holds for all running requests together, rounded up to whole pages. A
                 request of a model whose layers all have windows takes no more than the longest of them and two pages.
             page_size: Tokens per page.
