@@ -14,6 +14,7 @@ from torch import Tensor
 from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
 from qinfer.bench.report import emit
 from qinfer.bench.synthetic import PRESETS, WEIGHTS, synthetic_model, synthetic_sizes
+from qinfer.cache.formats import nbytes_per_token
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Job
 from qinfer.engine.sampling import SamplingParams
@@ -141,8 +142,8 @@ def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     cache = model.new_cache(1, kv_format=options.kv_format)
     middle = options.context + options.new_tokens // 2
     _, num_kv_heads, *_ = cache.pages(0)[0].codes.shape
-    per_token: int = cache.format.nbytes_per_token(num_kv_heads, config.head_dim)
-    per_sequence: int = table.shape[1] * table.itemsize + config.num_layers * middle * per_token
+    per_token = nbytes_per_token(cache.formats, num_kv_heads, config.head_dim)
+    per_sequence: int = table.shape[1] * table.itemsize + middle * per_token
     batch: int = options.batch
     return weights + sum(norm.nbytes for norm in norms) + batch * per_sequence
 

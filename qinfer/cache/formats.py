@@ -1,8 +1,12 @@
-"""The formats in which keys and values are stored: a codec for each of the two, found by one name."""
+"""The formats in which keys and values are stored: a codec for each of the two, found by one name.
+
+Layers may differ: "q4,0-1:q8,-1:fp16" stores all in q4, but layers 0 and 1 in q8 and the last one in fp16.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qinfer.errors import UnsupportedError
@@ -48,3 +52,54 @@ def kv_format(name: str) -> KVFormat:
     raise UnsupportedError(
         f"KV cache format {name!r} is not available; pairs such as k8v4 and these are: {', '.join(KV_FORMATS)}"
     )
+
+
+def layer_formats(text: str, num_layers: int) -> tuple[KVFormat, ...]:
+    """Return the format of every layer.
+
+    Args:
+        text: The format of all layers, then, behind commas, what differs: LAYER:FORMAT or FIRST-LAST:FORMAT, the last
+            layer included. Layers count from 0, and from -1 backwards. What comes later counts.
+        num_layers: Layers of the model.
+
+    Raises:
+        UnsupportedError: There is no such format.
+        ValueError: A part cannot be read, or there is no such layer.
+    """
+    first, *rest = text.split(",")
+    formats = [kv_format(first.strip())] * num_layers
+    for part in rest:
+        layers, _, name = part.strip().partition(":")
+        span = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", layers)
+        if span is None or not name:
+            raise ValueError(
+                f"KV cache format {text!r}: behind the first comma, layers must stand as 3:q8 or 0-1:q8, got {part!r}"
+            )
+        start, stop = (int(number) for number in (span[1], span[2] or span[1]))
+        for layer in (start, stop):
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(f"KV cache format {text!r}: there is no layer {layer}, the model has {num_layers}")
+        chosen = range(start % num_layers, stop % num_layers + 1)
+        if not chosen:
+            raise ValueError(f"KV cache format {text!r}: layers {layers} of {num_layers} are none")
+        try:
+            formats[chosen.start : chosen.stop] = [kv_format(name)] * len(chosen)
+        except UnsupportedError as problem:
+            raise UnsupportedError(f"layers {layers}: {problem}") from problem
+    return tuple(formats)
+
+
+def nbytes_per_token(formats: Sequence[KVFormat], num_kv_heads: int, head_dim: int) -> int:
+    """Return the bytes that one token takes in all layers together, given the format of each.
+
+    Raises:
+        UnsupportedError: A layer cannot store rows of this size so; the message names it where layers differ.
+    """
+    total = 0
+    for layer, stored in enumerate(formats):
+        try:
+            total += stored.nbytes_per_token(num_kv_heads, head_dim)
+        except UnsupportedError as problem:
+            where = f"layer {layer}: " if len(set(formats)) > 1 else ""
+            raise UnsupportedError(f"{where}{problem}") from problem
+    return total

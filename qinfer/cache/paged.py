@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qinfer.cache.formats import kv_format as format_named
+from qinfer.cache.formats import layer_formats, nbytes_per_token
 from qinfer.kernels.kv_codec import Codec, KVPages
 from qinfer.kernels.kv_write import kv_write
 
@@ -18,7 +18,7 @@ class PagedKVCache:
     Attributes:
         num_pages: Pages per layer; page i of all layers belongs to the same tokens.
         page_size: Tokens per page.
-        format: How a row is stored.
+        formats: How a row of each layer is stored.
         device: Where the pages are.
         nbytes: Bytes of all pages of all layers.
     """
@@ -43,10 +43,11 @@ class PagedKVCache:
             head_dim: Numbers per key and per value, D.
             device: Where to allocate.
             page_size: Tokens per page, S, a multiple of 16.
-            kv_format: Name of a format of `KV_FORMATS`, or a pair such as "k8v4".
+            kv_format: Name of a format of `KV_FORMATS`, or a pair such as "k8v4"; with exceptions for single layers,
+                as in "q4,0-1:q8,-1:fp16".
 
         Raises:
-            ValueError: A count is below 1 or the page size is no multiple of 16.
+            ValueError: A count is below 1, the page size is no multiple of 16, or there is no such layer.
             UnsupportedError: There is no such format, or it cannot store rows of `head_dim` numbers.
         """
         counts = {"num_layers": num_layers, "num_pages": num_pages, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -57,21 +58,26 @@ class PagedKVCache:
             raise ValueError(f"page_size must be a multiple of {PAGE_SIZE_STEP}, got {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
-        self.format = format_named(kv_format)
-        # One tensor per kind for all layers, so that a page is copied in few launches.
+        self.formats = layer_formats(kv_format, num_layers)
+        # Before anything is allocated, so that a refusal names the layer.
+        nbytes_per_token(self.formats, num_kv_heads, head_dim)
+        # One tensor per codec and kind for all layers, so that a page is copied in few launches.
         self._storage: list[Tensor] = []
 
-        def side(codec: Codec) -> list[KVPages]:
-            places = (num_layers, num_pages, num_kv_heads, page_size)
-            codes = torch.zeros(*places, codec.width(head_dim), dtype=codec.dtype, device=device)
-            self._storage.append(codes)
-            if not codec.has_scales:
-                return [KVPages(layer, None, codec) for layer in codes]
-            scales = torch.zeros(places, dtype=torch.bfloat16, device=device)
-            self._storage.append(scales)
-            return [KVPages(*layer, codec) for layer in zip(codes, scales, strict=True)]
+        def side(codecs: list[Codec]) -> list[KVPages]:
+            free = {}
+            for codec in dict.fromkeys(codecs):
+                places = (codecs.count(codec), num_pages, num_kv_heads, page_size)
+                codes = torch.zeros(*places, codec.width(head_dim), dtype=codec.dtype, device=device)
+                scales = torch.zeros(places, dtype=torch.bfloat16, device=device) if codec.has_scales else None
+                self._storage += [codes] if scales is None else [codes, scales]
+                free[codec] = iter(
+                    [KVPages(x, None if scales is None else scales[i], codec) for i, x in enumerate(codes)]
+                )
+            return [next(free[codec]) for codec in codecs]
 
-        self._pages = list(zip(side(self.format.keys), side(self.format.values), strict=True))
+        keys, values = [stored.keys for stored in self.formats], [stored.values for stored in self.formats]
+        self._pages = list(zip(side(keys), side(values), strict=True))
         self.device = self._storage[0].device
         self.nbytes = sum(tensor.nbytes for tensor in self._storage)
 

@@ -98,8 +98,9 @@ class Generator:
 
         Args:
             model: The model; several generators may share it.
-            kv_format: How keys and values are stored.
-            max_tokens: Tokens that the page pool holds for all running requests together, rounded up to whole pages.
+            kv_format: How keys and values are stored, with exceptions for layers as in "q4,0-1:q8,-1:fp16".
+            max_tokens: Tokens that the page pool holds for all running requests together, rounded up to whole pages. A
+                request of a model whose layers all have windows takes no more than the longest of them and two pages.
             page_size: Tokens per page.
             max_batch: Most requests that run at a time.
             max_step_tokens: Most tokens in a step; longer prompts are processed in several.
@@ -124,10 +125,16 @@ class Generator:
         self.draft_tokens = draft_tokens
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
         self.scheduler = Scheduler(
-            self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache
+            self.pages,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            prefix_cache=prefix_cache,
+            window=model.config.longest_window,
         )
         self.cache = model.new_cache(self.pages.num_pages, page_size=page_size, kv_format=kv_format)
-        longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
+        longest = self.pages.pages_for(model.config.max_positions)
+        if model.config.longest_window is None:
+            longest = min(longest, self.pages.num_pages)
         self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
         self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
         self._news: list[tuple[Job, bool]] = []  # who has ids that no event has told, and whether sampling went well
@@ -267,7 +274,7 @@ class Generator:
         if total > limit:
             raise ValueError(f"{asked}, the model has {limit} positions; shorten the prompt or lower max_new_tokens")
         room = self.pages.num_pages * self.pages.page_size
-        if total > room:
+        if self.scheduler.window.most_pages(total) > self.pages.num_pages:
             raise ValueError(f"{asked}, the page pool holds {room}; raise Generator(max_tokens=...)")
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
         healed, healing = self._healing(ids) if params.token_healing else ((), None)

@@ -4,6 +4,8 @@
 
 Keys are 128 bits of blake2b. Only whole pages have one: what a sequence shares is never written again, since its next
 token goes to a page behind it.
+
+A model that looks back no further than a window needs of a known beginning only the pages that its next token sees.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 
 from qinfer.engine.pages import PageTable
 from qinfer.engine.sequence import Sequence
+from qinfer.engine.window import Window
 
 _KEY_BYTES = 16
 
@@ -35,16 +38,23 @@ def publish(pages: PageTable, sequence: Sequence) -> None:
         for page, key in list(zip(sequence.pages, keys(sequence, whole, pages.page_size), strict=False))[
             sequence.num_published :
         ]:
-            pages.publish(page, key)
+            # What was given back before its ids were on the host stays unknown.
+            if page >= 0:
+                pages.publish(page, key)
         sequence.num_published = whole
 
 
-def match(pages: PageTable, sequence: Sequence) -> list[int]:
-    """Return the known pages with which a sequence begins; at least one token is left, for its logits are wanted."""
-    found: list[int] = []
+def match(pages: PageTable, sequence: Sequence, window: Window) -> list[int]:
+    """Return the known pages with which a sequence begins, -1 for those that none of its next tokens sees.
+
+    At least one token is left, for its logits are wanted.
+    """
+    found: list[int | None] = []
+    best = run = 0
     for key in keys(sequence, (sequence.num_known - 1) // pages.page_size, pages.page_size):
-        page = pages.find(key)
-        if page is None:
-            break
-        found.append(page)
-    return found
+        found.append(pages.find(key))
+        run = 0 if found[-1] is None else run + 1
+        if run and run >= len(found) - window.first_page(len(found) * pages.page_size):
+            best = len(found)
+    first = window.first_page(best * pages.page_size)
+    return [-1] * first + [page for page in found[first:best] if page is not None]

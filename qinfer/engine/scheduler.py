@@ -5,6 +5,9 @@ A sequence is admitted when pages for the tokens it has can be allocated, less t
 back and waits to be computed again, so the first always runs to its end. Ids are never lost: they are on the host, or
 on their way to it.
 
+Where every layer of the model has a window, a sequence gives the pages behind it back while it runs, and takes those of
+a long prompt piece by piece (`window`), so that it never holds more than the window and what a step adds.
+
 A step serves one token to every sequence that is past its prompt, then prompt tokens in order: up to max_step_tokens,
 but beside running streams no more than max_mixed_tokens, because the streams wait for the step.
 """
@@ -16,6 +19,7 @@ from bisect import insort
 from qinfer.engine.pages import PageTable
 from qinfer.engine.prefix import match, publish
 from qinfer.engine.sequence import Sequence, State
+from qinfer.engine.window import Window
 from qinfer.errors import OutOfPages
 
 # One page per so many running sequences stays free at an admission: soon each of them will want one.
@@ -33,6 +37,7 @@ class Scheduler:
         max_step_tokens: int,
         max_mixed_tokens: int = 256,
         prefix_cache: bool = True,
+        window: int | None = None,
     ) -> None:
         """Start empty.
 
@@ -42,6 +47,7 @@ class Scheduler:
             max_step_tokens: Most tokens in a step, prompts and generated ones together.
             max_mixed_tokens: Most prompt tokens in a step in which other sequences decode.
             prefix_cache: Whether sequences share pages with the same beginning, running or finished.
+            window: Most positions that any layer sees; None where one sees all.
         """
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -54,6 +60,7 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.max_mixed_tokens = max_mixed_tokens
         self.prefix_cache = prefix_cache
+        self.window = Window(window, pages.page_size)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -68,33 +75,38 @@ class Scheduler:
         Raises:
             ValueError: If the whole pool could not hold it.
         """
-        needed = self.pages.pages_for(sequence.max_tokens)
+        needed = self.window.most_pages(sequence.max_tokens)
         if needed > self.pages.num_pages:
             raise ValueError(f"sequence needs {needed} pages, the pool has {self.pages.num_pages}")
         insort(self.waiting, sequence, key=Sequence.order)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
-        if self.prefix_cache:
-            for sequence in self.running:
-                if sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size:
-                    publish(self.pages, sequence)
+        for sequence in self.running:
+            if self.prefix_cache and sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size:
+                publish(self.pages, sequence)
+            self._free_behind(sequence)
         self._admit()
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
         for sequence in tuple(self.running):
             num_tokens = sequence.num_tokens
-            if num_tokens - sequence.num_computed > 1:
-                prompts.append(sequence)
-            elif num_tokens < sequence.max_tokens and sequence.state is State.RUNNING and self._grow(sequence):
-                step.append((sequence, 1))
+            is_prompt = num_tokens - sequence.num_computed > 1
+            if sequence.state is State.RUNNING and (is_prompt or num_tokens < sequence.max_tokens):
+                # Whoever has to give way comes later in the order, and is in no step yet.
+                if not self._grow(sequence):
+                    continue
+                if is_prompt:
+                    prompts.append(sequence)
+                else:
+                    step.append((sequence, 1))
         step = self._with_drafts(step)
         budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
             budget = min(budget, self.max_mixed_tokens)
         for sequence in prompts:
             if budget and sequence.state is State.RUNNING:
-                count = min(sequence.num_pending, budget)
+                count = self._extend(sequence, min(sequence.num_pending, budget))
                 step.append((sequence, count))
                 budget -= count
         return step
@@ -109,36 +121,43 @@ class Scheduler:
             raise ValueError(f"sequence {sequence.id} is finished already ({sequence.finish_reason})")
         if reason == "error":
             # Nobody shall meet what the failure may have left behind.
-            for page in sequence.pages:
+            for page in sequence.held_pages:
                 self.pages.forget(page)
         elif self.prefix_cache:
             publish(self.pages, sequence)
-        self.pages.free(sequence.pages)
+        self.pages.free(sequence.held_pages)
         sequence.drop_pages()
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
 
     def rewind(self, sequence: Sequence, num_generated: int) -> None:
-        """Take generated ids of a sequence back; pages that others may share are left to them."""
+        """Take generated ids of a sequence back; pages that others may share are left to them.
+
+        A sequence that would have to see pages which it gave back is computed again.
+        """
         sequence.rewind(num_generated)
         del sequence.page_keys[sequence.num_known // self.pages.page_size :]
-        if sequence.num_computed < sequence.num_published * self.pages.page_size:
+        is_freed = self.window.first_page(sequence.num_computed) < sequence.num_freed
+        if is_freed or sequence.num_computed < sequence.num_published * self.pages.page_size:
             self._preempt(sequence)
 
     def _admit(self) -> None:
         """Move sequences from the queue while there is room; one that does not fit holds back those behind it."""
         while self.waiting and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
-            shared = match(self.pages, sequence) if self.prefix_cache else []
-            needed = self.pages.pages_for(sequence.num_known) - len(shared)
+            pages = match(self.pages, sequence, self.window) if self.prefix_cache else []
+            shared = [page for page in pages if page >= 0]
+            missing = self.pages.pages_for(sequence.num_known) - len(pages)
+            needed = min(missing, self.window.most_pages(sequence.num_known) - len(shared))
             idle = sum(self.pages.references(page) == 0 for page in shared)
             if needed + self._spare_pages() > self.pages.num_free - idle:
                 return
             for page in shared:
                 self.pages.share(page)
-            sequence.pages = shared + self.pages.allocate(needed)
-            sequence.num_computed = len(shared) * self.pages.page_size
-            sequence.num_published = len(shared)
+            sequence.pages = pages + self.pages.allocate(needed)
+            sequence.num_freed = len(pages) - len(shared)
+            sequence.num_computed = len(pages) * self.pages.page_size
+            sequence.num_published = len(pages)
             if not sequence.num_preempted:
                 sequence.cached_tokens = sequence.num_computed
             del self.waiting[0]
@@ -152,11 +171,11 @@ class Scheduler:
         for sequence in self.running:
             if wanted >= most:
                 break
-            wanted += self.pages.pages_for(sequence.max_tokens) - len(sequence.pages)
+            wanted += max(0, self.window.most_pages(sequence.max_tokens) - len(sequence.held_pages))
         return min(most, wanted)
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Make room for one more token; say whether the sequence still runs, or had to give way itself."""
+        """Make room for the next token; say whether the sequence still runs, or had to give way itself."""
         while sequence.num_computed >= len(sequence.pages) * self.pages.page_size:
             try:
                 sequence.pages += self.pages.allocate(1)
@@ -166,6 +185,23 @@ class Scheduler:
                 if last is sequence:
                     return False
         return True
+
+    def _extend(self, sequence: Sequence, count: int) -> int:
+        """Make room for `count` tokens of a prompt, as far as nobody else wants it; return for how many there is."""
+        missing = self.pages.pages_for(sequence.num_computed + count) - len(sequence.pages)
+        if missing > 0:
+            room = max(0, self.pages.num_free - self._spare_pages())
+            sequence.pages += self.pages.allocate(min(missing, room))
+        return min(count, len(sequence.pages) * self.pages.page_size - sequence.num_computed)
+
+    def _free_behind(self, sequence: Sequence) -> None:
+        """Give back the pages that no token of a sequence will see again."""
+        first = self.window.first_page(sequence.num_computed)
+        behind = slice(sequence.num_freed, first)
+        if first > sequence.num_freed:
+            self.pages.free(sequence.pages[behind])
+            sequence.pages[behind] = [-1] * (first - sequence.num_freed)
+            sequence.num_freed = first
 
     def _with_drafts(self, step: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
         """Add drafts to decoding sequences, as far as there is room that nobody else wants."""
@@ -187,7 +223,7 @@ class Scheduler:
         if self.prefix_cache:
             publish(self.pages, sequence)
         self.running.remove(sequence)
-        self.pages.free(sequence.pages)
+        self.pages.free(sequence.held_pages)
         sequence.drop_pages()
         sequence.num_preempted += 1
         sequence.state = State.WAITING

@@ -46,7 +46,8 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted
     bans: dict[int, set[int]] = field(default_factory=dict)  # ids that were tried and taken back, by their place
     source: int = -1  # row of the last step that samples the next token, while its id is not on the host yet
-    pages: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # by their place in the text; -1 where one was given back
+    num_freed: int = 0  # pages at the beginning that were given back, since no layer sees them any more
     allocation: int = 0  # grows whenever `pages` starts anew; appending to it does not count
     num_computed: int = 0  # tokens whose keys and values are in the pages once all launched steps are done
     page_keys: list[bytes] = field(default_factory=list)  # of the first whole pages, as far as anybody asked
@@ -88,6 +89,11 @@ class Sequence:
             return -1 - self.source
         return self.generated[-1] if self.generated else self.prompt[-1]
 
+    @property
+    def held_pages(self) -> list[int]:
+        """The pages that the sequence has."""
+        return self.pages[self.num_freed :]
+
     def order(self) -> tuple[int, int]:
         """Return what sequences are sorted by: priority, then arrival."""
         return (-self.priority, self.id)
@@ -103,7 +109,7 @@ class Sequence:
         """Have no pages and nothing computed."""
         self.pages = []
         self.allocation += 1
-        self.num_computed = self.num_published = 0
+        self.num_computed = self.num_published = self.num_freed = 0
         self.drafts = []
 
     def pending(self, count: int) -> Ids[int]:

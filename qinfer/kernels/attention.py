@@ -390,7 +390,7 @@ def paged_attention(
         q: [T, H, D] fp16, bf16 or fp32 queries, last stride 1; the sequences follow each other without gaps.
         k_pages: [P, G, S, D] keys in any codec.
         v_pages: [P, G, S, D] values in any codec, not necessarily the same.
-        page_table: [B, W] int32 pages of each sequence; entries beyond the context are not read.
+        page_table: [B, W] int32 pages of each sequence; entries beyond the context, or behind the window, are not read.
         query_starts: [B + 1] int32 first token of each sequence, from 0 to T.
         context_lens: [B] int32 tokens in the cache after this step; 0 marks padding, whose rows become zero.
         max_query_len: Upper bound of the query tokens of a sequence.

@@ -29,7 +29,9 @@ class Piece:
 
     token_ids: Sequence[int]  # the new tokens, at least one
     start: int  # position of the first of them = number of tokens already in the cache
-    pages: Sequence[int]  # page i holds positions i * page_size ...; must reach the last new token, may reach further
+    # Page i holds positions i * page_size ...; must reach the last new token, may reach further. -1 stands for one that
+    # no layer sees any more.
+    pages: Sequence[int]
     wants_logits: Literal["all", "last", "none"]
 
 
@@ -61,7 +63,7 @@ class Batch:
     query_starts: Tensor  # [B+1] sequence b owns tokens query_starts[b] ... query_starts[b+1] - 1
     context_lens: Tensor  # [B] tokens of the sequence including the new ones; 0: a padding row
     logit_rows: Tensor  # [R] tokens whose logits are wanted, ascending
-    page_table: Tensor  # [B, W] entries beyond a sequence's last page are -1 and not to be read
+    page_table: Tensor  # [B, W] entries beyond a sequence's last page, and behind its windows, are not to be read
     buffer: Tensor  # [...] everything above
     max_query_len: int  # longest piece
 
@@ -172,8 +174,11 @@ def _num_pages(index: int, piece: Piece, page_size: int) -> int:
         raise ValueError(
             f"piece {index} must have {needed} pages of {page_size} tokens for {end} tokens, got {len(piece.pages)}"
         )
-    if min(piece.pages[:needed]) < 0:
-        raise ValueError(f"pages of piece {index} must be at least 0, got {min(piece.pages[:needed])}")
+    written = min(piece.pages[piece.start // page_size : needed])
+    if written < 0 or min(piece.pages[:needed]) < -1:
+        raise ValueError(
+            f"pages of piece {index} must be at least 0, or -1 before its first token, got {[*piece.pages[:needed]]}"
+        )
     return needed
 
 

@@ -160,6 +160,12 @@ class ModelConfig:
             if token is None or token < 0:
                 raise ValueError(f"token ids must be at least 0, got {token}")
 
+    @property
+    def longest_window(self) -> int | None:
+        """How many positions the layer sees that sees most, None if that is all."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == self.num_layers else None
+
 
 def _require_positive(name: str, value: float | None) -> None:
     """Raise ValueError unless `value` is a finite number above zero."""

@@ -196,16 +196,21 @@ class Model:
         Args:
             num_pages: pages per layer.
             page_size: tokens per page.
-            kv_format: how keys and values are stored; None stores them in the dtype of the activations.
+            kv_format: how keys and values are stored, the same in all layers as "q4" or not, as "q4,0-1:q8,-1:fp16";
+                None stores them in the dtype of the activations.
 
         Raises:
             UnsupportedError: there is no such format.
+            ValueError: there is no such layer.
         """
+        kv_format = _KV_FORMATS[self.dtype] if kv_format is None else kv_format
         num_layers, num_kv_heads = self.config.num_layers, self.config.num_kv_heads
         if self.plan is not None:
             start, stop = self.plan.shares[self.comm.rank].kv_heads
-            # A rank without heads keeps the pages' numbers, but nobody reads or writes them.
-            num_layers, num_kv_heads = (num_layers, stop - start) if stop > start else (1, 1)
+            num_kv_heads = stop - start
+            if not num_kv_heads:
+                # A rank without heads keeps the pages' numbers, but nobody reads or writes them.
+                num_layers, num_kv_heads, kv_format = 1, 1, kv_format.partition(",")[0]
         return PagedKVCache(
             num_layers=num_layers,
             num_pages=num_pages,
@@ -213,7 +218,7 @@ class Model:
             head_dim=self.config.head_dim,
             device=self.device,
             page_size=page_size,
-            kv_format=_KV_FORMATS[self.dtype] if kv_format is None else kv_format,
+            kv_format=kv_format,
         )
 
     def __repr__(self) -> str:

@@ -8,14 +8,13 @@ import time
 from typing import TYPE_CHECKING
 
 from qinfer.assets import STORYTELLER
-from qinfer.cache.formats import KV_FORMATS
 from qinfer.engine.follow import follow
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.model import Model
 from qinfer.parallel.spawn import join
-from qinfer.programs.plan import gigabytes
+from qinfer.programs.plan import KV_FORMAT_HELP, gigabytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -40,7 +39,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens above P times the likeliest")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
-    parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=f"of the cache: {', '.join(KV_FORMATS)}")
+    parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=KV_FORMAT_HELP)
     parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
     parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="divide the model: GB to use of each GPU")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qinfer.cache.formats import KV_FORMATS
+from qinfer.cache.formats import KV_FORMATS, layer_formats, nbytes_per_token
 from qinfer.cache.paged import PagedKVCache
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import implementation
@@ -15,7 +15,7 @@ from tests.kernels.coded import loss
 from tests.strategies import random_tensor, seeds
 
 SIZES = {"num_layers": 3, "num_pages": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16}
-FORMATS = [*KV_FORMATS, "k8v4", "kfp16vq6"]
+FORMATS = [*KV_FORMATS, "k8v4", "kfp16vq6", "q4,0:fp16", "k8v4,-1:q8,1:fp8"]
 
 
 def filled(seed: int = 0, **options) -> PagedKVCache:
@@ -36,9 +36,9 @@ def everything(cache: PagedKVCache) -> list[torch.Tensor]:
 def test_fresh_pages_are_zero_and_of_the_format(kv_format, device):
     cache = PagedKVCache(device=device, kv_format=kv_format, **SIZES)
     assert cache.device.type == device.type
-    assert (cache.num_pages, cache.page_size, cache.format.name) == (4, 16, kv_format)
-    for layer in range(3):
-        for pages, codec in zip(cache.pages(layer), (cache.format.keys, cache.format.values), strict=True):
+    assert (cache.num_pages, cache.page_size, cache.formats) == (4, 16, layer_formats(kv_format, 3))
+    for layer, stored in enumerate(cache.formats):
+        for pages, codec in zip(cache.pages(layer), (stored.keys, stored.values), strict=True):
             assert pages.codec == codec
             pages.check("pages", (4, 2, 16, 16))
             assert pages.head_dim == 16
@@ -48,7 +48,7 @@ def test_fresh_pages_are_zero_and_of_the_format(kv_format, device):
 @pytest.mark.parametrize("kv_format", FORMATS)
 @settings(max_examples=10)
 @given(
-    num_layers=st.integers(1, 3),
+    num_layers=st.integers(2, 4),
     num_pages=st.integers(1, 5),
     num_kv_heads=st.integers(1, 3),
     head_dim=st.integers(1, 9).map(lambda n: 16 * n),
@@ -64,8 +64,7 @@ def test_nbytes_is_the_sum_of_the_tensors(kv_format, num_layers, num_pages, num_
         kv_format=kv_format,
     )
     assert cache.nbytes == sum(pages.nbytes for layer in range(num_layers) for pages in cache.pages(layer))
-    per_token = cache.format.nbytes_per_token(num_kv_heads, head_dim)
-    assert cache.nbytes == num_layers * num_pages * 32 * per_token
+    assert cache.nbytes == num_pages * 32 * nbytes_per_token(cache.formats, num_kv_heads, head_dim)
 
 
 @given(
@@ -128,5 +127,9 @@ def test_impossible_sizes_are_refused(change, message):
 def test_a_format_that_does_not_exist_or_fit_is_refused():
     with pytest.raises(UnsupportedError, match="fp16, bf16, fp32, fp8, fp8_e5m2, q8, q6, q4"):
         PagedKVCache(device="cpu", kv_format="q5", **SIZES)
+    with pytest.raises(UnsupportedError, match=r"layer 2: .*'q6' needs a head size that is a multiple of 16, got 40"):
+        PagedKVCache(device="cpu", kv_format="fp16,-1:q6", **(SIZES | {"head_dim": 40}))
+    with pytest.raises(ValueError, match="there is no layer 3, the model has 3"):
+        PagedKVCache(device="cpu", kv_format="fp16,3:q6", **SIZES)
     with pytest.raises(UnsupportedError, match="'q8' needs a head size that is a multiple of 16, got 40"):
         PagedKVCache(device="cpu", kv_format="k8v4", **(SIZES | {"head_dim": 40}))

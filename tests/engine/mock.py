@@ -83,7 +83,8 @@ class MockModel:
     def __init__(
         self, *, tokenizer: Any = None, eos_ids: Sequence[int] = (), max_positions: int = 1000, memory: int = 0
     ) -> None:
-        self.config = SimpleNamespace(vocab_size=VOCAB, max_positions=max_positions)
+        window = memory or None
+        self.config = SimpleNamespace(vocab_size=VOCAB, max_positions=max_positions, longest_window=window)
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.device = torch.device("cpu")

@@ -37,11 +37,13 @@ def continued(prompt: Ids[int], count: int) -> list[int]:
 class World:
     """A scheduler, its pages, what stands in them, and the sequences that are alive."""
 
-    def __init__(self, *, num_pages: int = 8, page_size: int = 4, **limits: int) -> None:
+    def __init__(self, *, num_pages: int = 8, page_size: int = 4, window: int | None = None, **limits: int) -> None:
         self.pages = PageTable(num_pages, page_size)
         self.scheduler = Scheduler(
-            self.pages, **{"max_batch": 3, "max_step_tokens": 5, "max_mixed_tokens": 4, **limits}
+            self.pages, window=window, **{"max_batch": 3, "max_step_tokens": 5, "max_mixed_tokens": 4, **limits}
         )
+        self.window = window  # how much of what stands before it a token reads
+        self.num_freed = 0
         self.memory = [[-1] * page_size for _ in range(num_pages)]
         self.live: list[Sequence] = []
         self.in_flight: list[tuple[Sequence, int]] = []
@@ -57,6 +59,7 @@ class World:
         return one
 
     def end(self, one: Sequence, reason: str) -> None:
+        self.num_freed += one.num_freed
         self.live.remove(one)
         self.num_preempted += one.num_preempted
         self.num_cached += one.cached_tokens
@@ -107,16 +110,21 @@ class World:
             assert self.pages.references(page) == 1, "a shared page is written"
             self.memory[page][position % size] = token
         one.num_computed += count
-        read = [self.memory[one.pages[i // size]][i % size] for i in range(one.num_computed)]
+        first = 0 if self.window is None else max(0, one.num_computed - count - self.window + 1)
+        seen = range(first, one.num_computed)
+        assert all(one.pages[i // size] >= 0 for i in seen), "a page is read that was given back"
+        read = [self.memory[one.pages[i // size]][i % size] for i in seen]
         known = [*one.prompt, *one.generated]
         if one.num_computed > len(known):
             known.append(ids[-1])
-        assert read == known[: one.num_computed]
-        token = token_after(read) + 3 * (tuple(read) in self.turned)
+        assert read == known[first : one.num_computed]
+        token = token_after(known[: one.num_computed]) + 3 * (tuple(known[: one.num_computed]) in self.turned)
         return one, token if complete else None
 
     def pages_belong_to_the_running(self) -> None:
-        held = [page for one in self.scheduler.running for page in one.pages]
+        held = [page for one in self.scheduler.running for page in one.held_pages]
+        assert min(held, default=0) >= 0
+        assert all(one.pages.count(-1) == one.num_freed for one in self.scheduler.running)
         assert len(set(held)) == self.pages.num_used
         assert all(self.pages.references(page) == held.count(page) for page in set(held))
         order = [one.order() for one in self.scheduler.running], [one.order() for one in self.scheduler.waiting]

@@ -90,6 +90,13 @@ def make_case(
     )
 
 
+def free_behind(case: Case, window: int | None) -> None:
+    """Put garbage into the page table where a window hides whole pages from every query of a sequence."""
+    for b, query_len in enumerate(case.query_lens):
+        first = 0 if window is None else max(0, len(case.keys[b]) - query_len - window + 1)
+        case.page_table[b, : first // case.k_pages.shape[2]] = GARBAGE_PAGES[0]
+
+
 def written_out(case: Case, window: int | None = None) -> Tensor:
     """Attention in float64, one query and one head at a time."""
     _, num_heads, head_dim = case.q.shape
@@ -124,6 +131,7 @@ BATCHES = {
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_reference_is_attention_written_out(batch, window, device):
     case = make_case(*batch, device)
+    free_behind(case, window)
     actual = paged_attention.reference(*case.args, **case.options, window=window)
     assert_close(actual, written_out(case, window).float())
 
@@ -133,6 +141,7 @@ def test_reference_is_attention_written_out(batch, window, device):
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_matches_reference(batch, window, splits, device):
     case = make_case(*batch, device)
+    free_behind(case, window)
     actual = paged_attention.launch(*case.args, **case.options, window=window, splits=splits)
     assert_close(actual, paged_attention.reference(*case.args, **case.options, window=window))
 

@@ -68,7 +68,11 @@ def test_no_logits_gives_no_rows() -> None:
         ([Piece([], 0, [0], "last")], {}, "piece 0 must have at least one token"),
         ([Piece([1], 0, [0], "last"), Piece([1], -1, [0], "last")], {}, "piece 1 must start at 0 or later, got -1"),
         ([Piece([1, 2], 15, [0], "last")], {}, "must have 2 pages of 16 tokens for 17 tokens, got 1"),
-        ([Piece([1], 16, [0, -1], "last")], {}, "pages of piece 0 must be at least 0, got -1"),
+        (
+            [Piece([1], 16, [0, -1], "last")],
+            {},
+            r"piece 0 must be at least 0, or -1 before its first .*, got \[0, -1\]",
+        ),
         ([Piece([1], 0, [0], "some")], {}, "got 'some'"),
         ([Piece([1], 0, [0], "last")] * 3, {"pad_to": 2}, "at least the number of pieces, 3, got 2"),
         ([Piece([1, 2], 0, [0], "last")], {"pad_to": 2}, "has 2 and wants 'last'"),
