@@ -35,7 +35,7 @@ FLOORS: dict[str, Floor] = {
         "base shares files",
         "torch safetensors",
     ),
-    "text": _floor("tokenizer", "base files text", "tokenizers jinja2"),
+    "text": _floor("tokenizer chat_template", "base files text", "tokenizers jinja2"),
     "memory": _floor("memory", "base memory", "torch"),
     "quant": _floor("quant", "base shares kernels files quant", "torch"),
     "cache": _floor("cache", "base shares kernels files cache", "torch"),
