@@ -47,7 +47,7 @@ FLOORS: dict[str, Floor] = {
     "top": _floor(
         "programs bench compat util __main__ __init__",
         "base shares kernels files text memory quant cache models engine assets top",
-        "torch triton numpy rich safetensors tokenizers jinja2",
+        "torch triton numpy rich markdown_it safetensors tokenizers jinja2",
     ),
 }
 # Packages that only hold modules of other parts: their __init__ may import nothing.
