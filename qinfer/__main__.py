@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qinfer.errors import QinferError
-from qinfer.programs import doctor, generate, plan
+from qinfer.programs import chat, doctor, generate, plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="qinfer", description="Run quantized language models.")
     programs = parser.add_subparsers(dest="program", required=True, metavar="PROGRAM")
     generate.add_parser(programs)
+    chat.add_parser(programs)
     doctor.add_parser(programs)
     plan.add_parser(programs)
     options = parser.parse_args(arguments)

@@ -2,32 +2,23 @@
 
 The work is done by the `tokenizers` library on tokenizer.json. What this file adds is that a damaged folder raises a
 CheckpointError: the library raises bare Exception for a damaged file, and a Rust panic, which is not even an Exception,
-for a regular expression that runs away. Chat templates are programs; they run in jinja2's immutable sandbox, away from
-the process and from files. What they write is bounded here; how long they loop is not.
+for a regular expression that runs away. Chat templates are run by chat_template.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import jinja2
 import tokenizers
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qinfer.chat_template import DEFAULT, ChatTemplates
 from qinfer.checkpoint import read_json
 from qinfer.errors import CheckpointError
 
-# No real template comes near it; a template that doubles a string in a loop does.
-_MAX_CHAT_CHARACTERS = 2**24
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -37,7 +28,7 @@ class Tokenizer:
     Attributes:
         vocab_size: the largest token id plus one; a model must have at least as many embedding rows.
         eos_ids: the end-of-text ids that the tokenizer's own files name.
-        chat_template: the source of the chat template, None if the checkpoint has none.
+        chat_template: the source of the default chat template, None if the checkpoint has none.
         special_tokens: names such as "bos_token" to their text, as chat templates see them.
     """
 
@@ -56,7 +47,8 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special_tokens = _special_tokens(config, folder)
         self.eos_ids = self._eos_ids()
-        self.chat_template, self._template_file = _chat_template(config, folder)
+        self._templates = ChatTemplates(_chat_templates(config, folder), self.special_tokens)
+        self.chat_template = self._templates.sources.get(DEFAULT, (None, folder))[0]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -132,7 +124,13 @@ class Tokenizer:
         return {token_id: text for text, token_id in self._backend.get_vocab(with_added_tokens=False).items()}
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: object
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        **variables: object,
     ) -> str:
         """Write a conversation as the text that the model was trained on.
 
@@ -140,52 +138,32 @@ class Tokenizer:
 
         Args:
             messages: the conversation, each message a mapping with at least "role".
-            add_generation_prompt: whether to end with the opening of the assistant's answer.
-            variables: more names for the template, such as `tools`, `documents` or `enable_thinking`.
+            chat_template: the name of one of the checkpoint's templates, or a template; None takes "tool_use" where
+                there are tools and a template of that name, and "default" otherwise.
+            add_generation_prompt: whether to end with the opening of the assistant's answer; None does so unless the
+                last message goes on.
+            continue_final_message: whether the text ends inside the last message, for the model to go on with it.
+            variables: more names for the template, such as `tools` (JSON schemas), `documents` or `enable_thinking`.
 
         Returns:
             The text.
 
         Raises:
-            TypeError: `messages` is not a sequence of mappings.
+            TypeError: `messages`, `tools` or `documents` is not a sequence of mappings, or something is no plain data.
             ValueError: the checkpoint has no chat template, or the template refuses these messages.
             CheckpointError: the template itself is not valid.
         """
-        if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in messages):
-            raise TypeError("messages must be a sequence of mappings with role and content")
-        named = {"tools": None, "documents": None, **self.special_tokens, **variables}
-        pieces: list[str] = []
-        room = _MAX_CHAT_CHARACTERS
-        try:
-            for piece in self._compiled.generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, **named
-            ):
-                pieces.append(piece)
-                room -= len(piece)
-                if room < 0:
-                    raise ValueError(f"the chat template wrote more than {_MAX_CHAT_CHARACTERS} characters")
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as problem:
-            # A template is a program and fails like one; what it raises on purpose is a TemplateError too.
-            raise ValueError(f"the chat template refuses these messages: {problem}") from problem
-        return "".join(pieces)
-
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
-        """The compiled template; made on first use, so that a broken one does not keep a model from completing text."""
-        if self.chat_template is None:
-            raise ValueError(f"{self._folder} has no chat template; give the model plain text instead")
-        try:
-            return _environment().from_string(self.chat_template)
-        except jinja2.TemplateSyntaxError as problem:
-            text = f"is not a valid chat template: line {problem.lineno}: {problem.message}"
-            raise CheckpointError(self._template_file, None, text) from problem
+        if chat_template is None and not self._templates.sources:
+            raise ValueError(f"{self._folder} has no chat template; give chat_template=, or plain text to the model")
+        return self._templates.render(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=not continue_final_message
+            if add_generation_prompt is None
+            else add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
 
     def _eos_ids(self) -> frozenset[int]:
         """Look up the end-of-text token."""
@@ -199,76 +177,26 @@ class Tokenizer:
         return frozenset({token_id})
 
 
-class _GenerationTag(Extension):
-    """Accept {% generation %} around the assistant's words; it marks them for training and changes no text."""
-
-    tags = {"generation"}  # noqa: RUF012  jinja2 declares it as a plain class attribute
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Parse the tag as a scope around its body."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment that chat templates are written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
-    # Each of these hands a template a Python object that it has no use for, or a cheap way to burn time.
-    for name in ("lipsum", "cycler", "joiner"):
-        environment.globals.pop(name)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _raise_exception(message: str) -> NoReturn:
-    """Let a template refuse its input."""
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    """Tell a template the local time."""
-    return datetime.now().strftime(pattern)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Write JSON without the HTML escapes of jinja2's own filter; templates may pass the arguments by position."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _special_tokens(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Return the special tokens of tokenizer_config.json: strings, or objects with the text under "content"."""
+    """Return the special tokens of tokenizer_config.json: strings, or objects with the text under "content".
+
+    Besides the usual ones these are what a checkpoint names itself, as "image_token" or in an object of its own.
+    """
     tokens: dict[str, str] = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        if value is None:
-            continue
+    own = [config.get(name) for name in ("model_specific_special_tokens", "extra_special_tokens")]
+    named = {name: value for values in own if isinstance(values, dict) for name, value in values.items()}
+    for name, value in {**named, **config}.items():
         text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str):
+        if name in _SPECIAL_TOKENS and value is not None and not isinstance(text, str):
             problem = f"{name} must be a string or an object with content, got {value!r}"
             raise CheckpointError(folder / "tokenizer_config.json", None, problem)
-        tokens[name] = text
+        if isinstance(text, str) and (name in named or name.endswith("_token")):
+            tokens[name] = text
     return tokens
 
 
-def _chat_template(config: Mapping[str, Any], folder: Path) -> tuple[str | None, Path]:
-    """Return the source of the chat template and the file it comes from; a file of its own wins."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.read_text(encoding="utf-8"), file
-        except (OSError, UnicodeDecodeError) as problem:
-            raise CheckpointError(file, None, f"cannot be read: {problem}") from problem
+def _chat_templates(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, Path]]:
+    """Return the sources of the chat templates by name, each with the file it comes from; files of their own win."""
     file = folder / "tokenizer_config.json"
     template = config.get("chat_template")
     if isinstance(template, list):
@@ -276,10 +204,22 @@ def _chat_template(config: Mapping[str, Any], folder: Path) -> tuple[str | None,
             raise CheckpointError(
                 file, None, "chat_template must be a string or a list of objects with name and template"
             )
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(file, None, f"chat_template must be a string, got {type(template).__name__}")
-    return template, file
+        found = {entry["name"]: entry["template"] for entry in template}
+    else:
+        found = {} if template is None else {DEFAULT: template}
+    for source in found.values():
+        if not isinstance(source, str):
+            raise CheckpointError(file, None, f"chat_template must be a string, got {type(source).__name__}")
+    sources = {name: (source, file) for name, source in found.items()}
+    own = {DEFAULT: folder / "chat_template.jinja"}
+    own |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    for name, path in own.items():
+        if path.exists():
+            try:
+                sources[name] = path.read_text(encoding="utf-8"), path
+            except (OSError, UnicodeDecodeError) as problem:
+                raise CheckpointError(path, None, f"cannot be read: {problem}") from problem
+    return sources
 
 
 @contextmanager

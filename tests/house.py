@@ -35,7 +35,7 @@ FLOORS: dict[str, Floor] = {
         "base shares files",
         "torch safetensors",
     ),
-    "text": _floor("tokenizer", "base files text", "tokenizers jinja2"),
+    "text": _floor("tokenizer chat_template", "base files text", "tokenizers jinja2"),
     "memory": _floor("memory", "base memory", "torch"),
     "quant": _floor("quant", "base shares kernels files quant", "torch"),
     "cache": _floor("cache", "base shares kernels files cache", "torch"),
@@ -47,7 +47,7 @@ FLOORS: dict[str, Floor] = {
     "top": _floor(
         "programs bench compat util __main__ __init__",
         "base shares kernels files text memory quant cache models engine assets top",
-        "torch triton numpy rich safetensors tokenizers jinja2",
+        "torch triton numpy rich markdown_it safetensors tokenizers jinja2",
     ),
 }
 # Packages that only hold modules of other parts: their __init__ may import nothing.
