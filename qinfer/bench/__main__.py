@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qinfer.bench import model, op, serve, summary, tune
+from qinfer.bench import compare, model, op, plot, serve, summary, tune
 from qinfer.errors import QinferError
 
 
@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.add_parser(programs)
     op.add_parser(programs)
     tune.add_parser(programs)
+    compare.add_parser(programs)
+    plot.add_parser(programs)
     parser.set_defaults(run=summary.run)
     options = parser.parse_args(arguments)
     try:
