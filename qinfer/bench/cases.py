@@ -118,6 +118,18 @@ def _silu_mul_case(run: Run, *, order: bool) -> None:
         return (m.parts(run, 2 * run.shape.mlp),), keywords
 
 
+def _lora_case(run: Run) -> None:
+    """The merged query, key and value projection; four adapters, and rows of none."""
+    s, d, rank, slots = run.shape, run.dtype, 16, 4
+    widths = (s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
+
+    @case("add_lora", run.name, compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        a, b = m.normal(slots, len(widths), rank, s.hidden, dtype=d), m.normal(slots, s.qkv, rank, dtype=d)
+        x, y = m.normal(run.tokens, s.hidden, dtype=d), m.normal(run.tokens, s.qkv, dtype=d)
+        return (x, a, b, m.integers(run.tokens, low=-1, high=slots), y), {"widths": widths}
+
+
 def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
     """Attention of one step; every sequence has pages of its own, anywhere in the pool."""
     name, window, order = f"{s.name} {step.name} {half}{variant.name}", variant.window, variant.order
@@ -229,7 +241,7 @@ def _sample_cases(s: Shape, rows: int) -> None:
 def _register() -> None:
     """Fill `CASES`."""
     for run in starmap(Run, product(SHAPES, TOKENS, HALVES)):
-        for make in (_head_cases, _gather_cases, _dense_head_case, _matmul_parts_case):
+        for make in (_head_cases, _gather_cases, _dense_head_case, _matmul_parts_case, _lora_case):
             make(run)
         for codec in (run.half, "fp8", "q8", "q6", "q4"):
             _write_cases(run, codec)
