@@ -23,8 +23,9 @@ from qinfer.engine.pages import PageTable
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
+from qinfer.engine.steering import Steering
 from qinfer.engine.steps import Sampled, StepRunner
-from qinfer.engine.turns import Turns
+from qinfer.engine.turns import Turns, heard
 from qinfer.errors import NonFiniteLogits
 from qinfer.models.model import Model
 
@@ -32,7 +33,8 @@ Prompt: TypeAlias = str | abc.Sequence[int]
 
 _NON_FINITE = (
     "the model gave NaN or infinite logits. "
-    'Where activations overflow float16, Model.load(path, dtype="bf16") helps; where it does not, check the weights'
+    'Where activations overflow float16, Model.load(path, dtype="bf16") helps; where it does not, check the weights, '
+    "or whether bans and a constraint together leave nothing to draw"
 )
 
 
@@ -243,7 +245,8 @@ class Generator:
     def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
         """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
         for request in requests:
-            sequence = self._sequence(request["prompt"], SamplingParams(**request["params"]), number=request["id"])
+            params = heard(request, self.model.tokenizer)
+            sequence = self._sequence(request["prompt"], params, number=request["id"])
             sequence.priority = request["priority"]
             self._enqueue(sequence, [])
         for number in cancelled:
@@ -274,6 +277,9 @@ class Generator:
         ids = ids[: len(ids) - len(healed)]
         number = next(self._ids) if number is None else number
         sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing)
+        if params.constraint is not None:
+            self.turns.check(params.constraint)
+            sequence.steering = Steering(params.constraint, ends, self.model.config.vocab_size)
         # Mirostat has to see each id before it can judge the next.
         if self.draft_tokens and not (params.mirostat_tau and params.temperature):
             sequence.drafter = NgramDraft(self.draft_tokens)

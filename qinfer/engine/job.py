@@ -100,6 +100,8 @@ class Job:
     def deliver(self) -> None:
         """Tell in an event what is new in the sequence; end the request where one of its ids ends it."""
         sequence, text = self.sequence, ""
+        if sequence.steering is not None:
+            sequence.steering.check()
         reason: FinishReason | None = None
         while self.completion is None and reason is None and self._num_read < len(sequence.generated):
             token_id = sequence.generated[self._num_read]
@@ -109,11 +111,12 @@ class Job:
             if too_many:
                 self._take_back(too_many)
                 continue
-            is_last = is_end or self._num_read == sequence.params.max_new_tokens
+            is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
+            is_last = is_end or is_whole or self._num_read == sequence.params.max_new_tokens
             text += self._tell(self._texts.flush() if is_last else self._texts.free())
             if is_end and not self._stops.matched:
                 self._num_told += 1
-            if is_end or self._stops.matched:
+            if is_end or is_whole or self._stops.matched:
                 reason = "stop"
             elif is_last:
                 reason = "length"

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qinfer.engine.constraints import Constraint
+
 # Field -> (smallest value, largest value, whether the smallest is excluded, what the bounds mean).
 _RANGES: dict[str, tuple[float, float, bool, str]] = {
     "temperature": (0, math.inf, False, "finite and at least 0"),
@@ -88,6 +90,7 @@ class SamplingParams:
         banned_strings: A string, or several, that the text never contains.
         token_healing: Whether the last token of the prompt may be replaced by a longer one that begins like it.
         ignore_eos: Whether to go on after the model's own end-of-sequence ids.
+        constraint: What the text has to look like, such as a JSON schema (`qinfer.engine.grammar`); None: anything.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -134,6 +137,7 @@ class SamplingParams:
     min_new_tokens: int = 0
     banned_strings: str | Sequence[str] = ()
     token_healing: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         """Check every field; lists become tuples."""
@@ -170,6 +174,11 @@ class SamplingParams:
             _require("banned_ids", self.banned_ids, bool(left), "without at least one of allowed_ids")
         rule = f"at most max_new_tokens={self.max_new_tokens}"
         _require("min_new_tokens", self.min_new_tokens, self.min_new_tokens <= self.max_new_tokens, rule)
+        if self.constraint is not None:
+            if not hasattr(self.constraint, "begin"):
+                raise TypeError(f"constraint must have begin(), as json_schema(...) has, got {self.constraint!r}")
+            # The first token would begin with text of the prompt, which the constraint does not know.
+            _require("token_healing", self.token_healing, not self.token_healing, "False beside a constraint")
 
     @property
     def uses_history(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qinfer.engine.draft import NgramDraft
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams
+from qinfer.engine.steering import Steering
 
 
 class State(enum.Enum):
@@ -39,6 +40,7 @@ class Sequence:
     ends: frozenset[int] = frozenset()  # ids that end the text
     healed: tuple[int, ...] = ()  # the id cut off the prompt, where the first generated one begins like it
     healing: Tensor | None = None  # [V] bool, the ids that begin like it
+    steering: Steering | None = None  # where it stands in its constraint
     priority: int = 0  # higher ones go first
     drafter: NgramDraft | None = None
     drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
@@ -135,6 +137,8 @@ class Sequence:
             if place < len(self.drafts) and token_id != self.drafts[place]:
                 break
         self.source = -1
+        if self.steering is not None:
+            self.steering.follow(self.generated)
         if self.drafts:
             assert self.drafter is not None
             self.drafter.judge(len(self.drafts), max(0, len(self.generated) - before - 1))
@@ -152,6 +156,8 @@ class Sequence:
             return [self._row(self.generated)]
         rows = [self._row([*self.generated, *self.drafts[:place]]) for place in range(len(self.drafts) + 1)]
         self.sampler.rewind(len(self.generated))
+        if self.steering is not None:
+            self.steering.rewind(len(self.generated))
         return rows
 
     def _row(self, generated: list[int]) -> Row:
@@ -160,7 +166,8 @@ class Sequence:
         banned: Ids[int] = ()
         if self.bans or step < self.params.min_new_tokens:
             banned = [*self.bans.get(step, ()), *(self.ends if step < self.params.min_new_tokens else ())]
-        return self.sampler.row(generated, banned=banned, mask=None if step else self.healing)
+        words = None if self.steering is None else self.steering.words(generated)
+        return self.sampler.row(generated, banned=banned, mask=None if step else self.healing, words=words)
 
     def rewind(self, num_generated: int) -> None:
         """Take back all generated ids after the first `num_generated`, and the one that is on its way."""
@@ -169,5 +176,7 @@ class Sequence:
         self.bans = {place: ids for place, ids in self.bans.items() if place <= num_generated}
         self.num_computed = min(self.num_computed, self.num_known - 1)
         self.sampler.rewind(num_generated)
+        if self.steering is not None:
+            self.steering.rewind(num_generated)
         if self.drafter is not None:
             self.drafter.rewind(self.num_known)
