@@ -278,7 +278,7 @@ class Generator:
         number = next(self._ids) if number is None else number
         sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing)
         if params.constraint is not None:
-            self.turns.check(params.constraint)
+            self.turns.check(params.constraint, self.model.tokenizer)
             sequence.steering = Steering(params.constraint, ends, self.model.config.vocab_size)
         # Mirostat has to see each id before it can judge the next.
         if self.draft_tokens and not (params.mirostat_tau and params.temperature):
@@ -347,12 +347,14 @@ class Generator:
         sampled, self._sampled = self._sampled, None
         if sampled is None:
             return
-        alive = [self._jobs[sequence.id] for sequence in sampled.rows if sequence.state is not State.FINISHED]
+        alive = [self._jobs[sequence.id] for sequence in sampled.sequences if sequence.state is not State.FINISHED]
         start = perf_counter()
         with _FailTogether(self, alive, self._deliver):
             ids = sampled.ids()
         self.seconds_waited += perf_counter() - start
         logprobs = sampled.logprobs()
+        for scores in sampled.scores:
+            scores.tell()
         row = 0
         for sequence, own in groupby(sampled.rows):
             sampled_ids = ids[row : row + len(list(own))]

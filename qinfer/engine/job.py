@@ -26,6 +26,8 @@ class Completion:
     prompt_tokens: int
     error: BaseException | None = None  # why, when finish_reason is "error"
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where SamplingParams.logprobs asks for them
+    # One per token of the prompt where SamplingParams.prompt_logprobs asks for them; the first has none.
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     # How the tokens came about does not tell completions apart. These were in the pool already:
     cached_tokens: int = field(default=0, compare=False)
     drafted_tokens: int = field(default=0, compare=False)  # guesses that were checked
@@ -161,6 +163,7 @@ class Job:
             prompt_tokens=len(sequence.prompt) + len(sequence.healed),
             error=error,
             logprobs=logprobs,
+            prompt_logprobs=() if sequence.params.prompt_logprobs is None else (None, *sequence.prompt_logprobs),
             cached_tokens=sequence.cached_tokens,
             drafted_tokens=0 if sequence.drafter is None else sequence.drafter.num_drafted,
             accepted_tokens=0 if sequence.drafter is None else sequence.drafter.num_accepted,

@@ -39,7 +39,7 @@ _RANGES: dict[str, tuple[float, float, bool, str]] = {
 }
 _COUNTS = ("top_k", "repetition_decay", "dry_allowed_length", "max_new_tokens", "min_new_tokens")
 # Field -> the smallest value it may have where it is not None.
-_OPTIONAL_COUNTS = {"seed": 0, "repetition_range": 0, "dry_range": 2, "logprobs": 0}
+_OPTIONAL_COUNTS = {"seed": 0, "repetition_range": 0, "dry_range": 2, "logprobs": 0, "prompt_logprobs": 0}
 _IDS = ("stop_ids", "banned_ids", "xtc_protected", "dry_breakers", "allowed_ids")
 _TEXTS = ("stop", "banned_strings")
 
@@ -83,6 +83,7 @@ class SamplingParams:
         allowed_ids: The only ids that may be drawn; None allows all.
         seed: Same request and seed, same tokens, alone or in a batch; None draws a fresh seed.
         logprobs: How many of the likeliest tokens to report at each step besides the chosen one; None reports nothing.
+        prompt_logprobs: The same for the tokens of the prompt.
         max_new_tokens: Most tokens to generate.
         min_new_tokens: How many tokens come before a stop id or an end-of-sequence id may.
         stop: A string, or several, that end the text; the text is cut before them.
@@ -138,6 +139,7 @@ class SamplingParams:
     banned_strings: str | Sequence[str] = ()
     token_healing: bool = False
     constraint: Constraint | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field; lists become tuples."""
@@ -208,6 +210,9 @@ class SamplingParams:
             beyond = [token_id for token_id in ids if token_id >= vocab_size]
             if beyond:
                 raise ValueError(f"{field} must hold ids below {vocab_size}, the model's vocabulary, got {beyond[0]}")
+        for field in ("logprobs", "prompt_logprobs"):
+            most = getattr(self, field) or 0
+            _require(field, most, most <= vocab_size, f"at most {vocab_size}, the model's vocabulary")
 
 
 def _number(field: str, value: object) -> float:

@@ -42,7 +42,7 @@ def publish(pages: PageTable, sequence: Sequence) -> None:
 def match(pages: PageTable, sequence: Sequence) -> list[int]:
     """Return the known pages with which a sequence begins; at least one token is left, for its logits are wanted."""
     found: list[int] = []
-    for key in keys(sequence, (sequence.num_known - 1) // pages.page_size, pages.page_size):
+    for key in keys(sequence, sequence.num_skippable // pages.page_size, pages.page_size):
         page = pages.find(key)
         if page is None:
             break

@@ -20,6 +20,8 @@ from qinfer.errors import OutOfPages
 
 # One page per so many running sequences stays free at an admission: soon each of them will want one.
 _SEQUENCES_PER_SPARE_PAGE = 4
+# Prompt tokens in a step of a sequence that wants logprobs of its prompt, and so the logits of all of them.
+_SCORED_TOKENS = 256
 
 
 class Scheduler:
@@ -94,7 +96,7 @@ class Scheduler:
             budget = min(budget, self.max_mixed_tokens)
         for sequence in prompts:
             if budget and sequence.state is State.RUNNING:
-                count = min(sequence.num_pending, budget)
+                count = min(sequence.num_pending, budget, _SCORED_TOKENS if sequence.is_scored else budget)
                 step.append((sequence, count))
                 budget -= count
         return step

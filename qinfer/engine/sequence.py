@@ -46,6 +46,8 @@ class Sequence:
     drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
     generated: list[int] = field(default_factory=list)  # ids that are on the host
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt from its second token on
+    num_scored: int = 0  # prompt tokens whose logits have become logprobs of their followers
     bans: dict[int, set[int]] = field(default_factory=dict)  # ids that were tried and taken back, by their place
     source: int = -1  # row of the last step that samples the next token, while its id is not on the host yet
     pages: list[int] = field(default_factory=list)
@@ -89,6 +91,22 @@ class Sequence:
         if self.source >= 0:
             return -1 - self.source
         return self.generated[-1] if self.generated else self.prompt[-1]
+
+    @property
+    def num_skippable(self) -> int:
+        """Tokens that need not be computed where their pages are known: their logits do not matter any more."""
+        return self.num_scored if self.is_scored else self.num_known - 1
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether logprobs of the prompt are wanted that no step has computed yet."""
+        return self.params.prompt_logprobs is not None and self.num_scored < len(self.prompt) - 1
+
+    def unscored(self, count: int) -> range:
+        """Return the places of the next `count` tokens whose logits tell about a prompt token, if that is wanted."""
+        if not self.is_scored:
+            return range(0)
+        return range(max(self.num_computed, self.num_scored), min(self.num_computed + count, len(self.prompt) - 1))
 
     def order(self) -> tuple[int, int]:
         """Return what sequences are sorted by: priority, then arrival."""

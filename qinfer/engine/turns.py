@@ -61,11 +61,14 @@ class Turns:
                 }
             )
 
-    def check(self, constraint: Constraint) -> None:
+    def check(self, constraint: Constraint, tokenizer: Tokenizer | None) -> None:
         """Raise an UnsupportedError if other ranks cannot be told of a constraint."""
-        if self._comm.size > 1 and not isinstance(constraint, Grammar):
+        if self._comm.size > 1 and (tokenizer is None or not isinstance(constraint, Grammar)):
             kind = type(constraint).__name__
-            raise UnsupportedError(f"a model on several ranks takes schemas, regexes and grammars, but no {kind}")
+            raise UnsupportedError(
+                "with several ranks, a model takes a schema, a regex or a grammar as constraint, compiled with its own "
+                f"tokenizer; got {kind}{' and the model has no tokenizer' if tokenizer is None else ''}"
+            )
 
     def cancel(self, request: int) -> None:
         """Note that a request was cancelled."""
