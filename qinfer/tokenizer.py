@@ -108,6 +108,10 @@ class Tokenizer:
             text: str = self._backend.decode(listed, skip_special_tokens=True)
         return text
 
+    def serialized(self) -> str:
+        """Return what tokenizer.json would hold, for libraries that make a tokenizer of their own."""
+        return str(self._backend.to_str())
+
     def continuations(self, token_id: int) -> list[int]:
         """Return the ids of all tokens whose spelling begins with that of a token, itself included.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,23 @@ def test_the_same_seed_tells_the_same_story(capsys: pytest.CaptureFixture[str]) 
     assert stories[0] == stories[1] != stories[2]
 
 
+@pytest.mark.parametrize("option", ["--regex", "--json-schema", "--grammar"])
+def test_generate_keeps_to_a_constraint(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = {"--regex": "[a-c]{5}", "--json-schema": '{"enum": ["abc"]}', "--grammar": 'start: ("ab" | "ba"){3}'}
+    source = sources[option]
+    if option != "--regex":
+        file = tmp_path / "source"
+        file.write_text(source)
+        source = str(file)
+    assert main(["generate", PROMPT, option, source, "--device", "cpu", "--seed", "1"]) == 0
+    captured = capsys.readouterr()
+    assert re.fullmatch(
+        {"--regex": "[a-c]{5}", "--json-schema": '"abc"', "--grammar": "(ab|ba){3}"}[option],
+        captured.out.removeprefix(PROMPT).removesuffix("\n"),
+    )
+    assert "finished: stop" in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -44,6 +62,7 @@ def test_the_same_seed_tells_the_same_story(capsys: pytest.CaptureFixture[str]) 
         (["generate", "x", "-p", "y"], "not both"),
         (["generate", "x", "--device", "tpu"], "'cuda' or 'cpu'"),
         (["generate", "x", "--dtype", "int3"], "fp16 and bf16 work"),
+        (["generate", "x", "--json-schema", "/nowhere"], "/nowhere cannot be read"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(

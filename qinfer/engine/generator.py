@@ -23,8 +23,9 @@ from qinfer.engine.pages import PageTable
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
+from qinfer.engine.steering import Steering
 from qinfer.engine.steps import Sampled, StepRunner
-from qinfer.engine.turns import Turns
+from qinfer.engine.turns import Turns, heard
 from qinfer.errors import NonFiniteLogits
 from qinfer.models.model import Model
 
@@ -32,7 +33,8 @@ Prompt: TypeAlias = str | abc.Sequence[int]
 
 _NON_FINITE = (
     "the model gave NaN or infinite logits. "
-    'Where activations overflow float16, Model.load(path, dtype="bf16") helps; where it does not, check the weights'
+    'Where activations overflow float16, Model.load(path, dtype="bf16") helps; where it does not, check the weights, '
+    "or whether bans and a constraint together leave nothing to draw"
 )
 
 
@@ -250,7 +252,8 @@ class Generator:
     def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
         """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
         for request in requests:
-            sequence = self._sequence(request["prompt"], SamplingParams(**request["params"]), number=request["id"])
+            params = heard(request, self.model.tokenizer)
+            sequence = self._sequence(request["prompt"], params, number=request["id"])
             sequence.priority = request["priority"]
             self._enqueue(sequence, [])
         for number in cancelled:
@@ -281,6 +284,9 @@ class Generator:
         ids = ids[: len(ids) - len(healed)]
         number = next(self._ids) if number is None else number
         sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing)
+        if params.constraint is not None:
+            self.turns.check(params.constraint, self.model.tokenizer)
+            sequence.steering = Steering(params.constraint, ends, self.model.config.vocab_size)
         # Mirostat has to see each id before it can judge the next.
         if self.draft_tokens and not (params.mirostat_tau and params.temperature):
             sequence.drafter = NgramDraft(self.draft_tokens)
@@ -348,12 +354,14 @@ class Generator:
         sampled, self._sampled = self._sampled, None
         if sampled is None:
             return
-        alive = [self._jobs[sequence.id] for sequence in sampled.rows if sequence.state is not State.FINISHED]
+        alive = [self._jobs[sequence.id] for sequence in sampled.sequences if sequence.state is not State.FINISHED]
         start = perf_counter()
         with _FailTogether(self, alive, self._deliver):
             ids = sampled.ids()
         self.seconds_waited += perf_counter() - start
         logprobs = sampled.logprobs()
+        for scores in sampled.scores:
+            scores.tell()
         row = 0
         for sequence, own in groupby(sampled.rows):
             sampled_ids = ids[row : row + len(list(own))]

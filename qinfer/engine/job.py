@@ -26,6 +26,8 @@ class Completion:
     prompt_tokens: int
     error: BaseException | None = None  # why, when finish_reason is "error"
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where SamplingParams.logprobs asks for them
+    # One per token of the prompt where SamplingParams.prompt_logprobs asks for them; the first has none.
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     # How the tokens came about does not tell completions apart. These were in the pool already:
     cached_tokens: int = field(default=0, compare=False)
     drafted_tokens: int = field(default=0, compare=False)  # guesses that were checked
@@ -100,6 +102,8 @@ class Job:
     def deliver(self) -> None:
         """Tell in an event what is new in the sequence; end the request where one of its ids ends it."""
         sequence, text = self.sequence, ""
+        if sequence.steering is not None:
+            sequence.steering.check()
         reason: FinishReason | None = None
         while self.completion is None and reason is None and self._num_read < len(sequence.generated):
             token_id = sequence.generated[self._num_read]
@@ -109,11 +113,12 @@ class Job:
             if too_many:
                 self._take_back(too_many)
                 continue
-            is_last = is_end or self._num_read == sequence.params.max_new_tokens
+            is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
+            is_last = is_end or is_whole or self._num_read == sequence.params.max_new_tokens
             text += self._tell(self._texts.flush() if is_last else self._texts.free())
             if is_end and not self._stops.matched:
                 self._num_told += 1
-            if is_end or self._stops.matched:
+            if is_end or is_whole or self._stops.matched:
                 reason = "stop"
             elif is_last:
                 reason = "length"
@@ -158,6 +163,7 @@ class Job:
             prompt_tokens=len(sequence.prompt) + len(sequence.healed),
             error=error,
             logprobs=logprobs,
+            prompt_logprobs=() if sequence.params.prompt_logprobs is None else (None, *sequence.prompt_logprobs),
             cached_tokens=sequence.cached_tokens,
             drafted_tokens=0 if sequence.drafter is None else sequence.drafter.num_drafted,
             accepted_tokens=0 if sequence.drafter is None else sequence.drafter.num_accepted,

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qinfer.engine.constraints import Constraint
+
 # Field -> (smallest value, largest value, whether the smallest is excluded, what the bounds mean).
 _RANGES: dict[str, tuple[float, float, bool, str]] = {
     "temperature": (0, math.inf, False, "finite and at least 0"),
@@ -37,7 +39,7 @@ _RANGES: dict[str, tuple[float, float, bool, str]] = {
 }
 _COUNTS = ("top_k", "repetition_decay", "dry_allowed_length", "max_new_tokens", "min_new_tokens")
 # Field -> the smallest value it may have where it is not None.
-_OPTIONAL_COUNTS = {"seed": 0, "repetition_range": 0, "dry_range": 2, "logprobs": 0}
+_OPTIONAL_COUNTS = {"seed": 0, "repetition_range": 0, "dry_range": 2, "logprobs": 0, "prompt_logprobs": 0}
 _IDS = ("stop_ids", "banned_ids", "xtc_protected", "dry_breakers", "allowed_ids")
 _TEXTS = ("stop", "banned_strings")
 
@@ -81,6 +83,7 @@ class SamplingParams:
         allowed_ids: The only ids that may be drawn; None allows all.
         seed: Same request and seed, same tokens, alone or in a batch; None draws a fresh seed.
         logprobs: How many of the likeliest tokens to report at each step besides the chosen one; None reports nothing.
+        prompt_logprobs: The same for the tokens of the prompt.
         max_new_tokens: Most tokens to generate.
         min_new_tokens: How many tokens come before a stop id or an end-of-sequence id may.
         stop: A string, or several, that end the text; the text is cut before them.
@@ -88,6 +91,7 @@ class SamplingParams:
         banned_strings: A string, or several, that the text never contains.
         token_healing: Whether the last token of the prompt may be replaced by a longer one that begins like it.
         ignore_eos: Whether to go on after the model's own end-of-sequence ids.
+        constraint: What the text has to look like, such as a JSON schema (`qinfer.engine.grammar`); None: anything.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -134,6 +138,8 @@ class SamplingParams:
     min_new_tokens: int = 0
     banned_strings: str | Sequence[str] = ()
     token_healing: bool = False
+    constraint: Constraint | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field; lists become tuples."""
@@ -170,6 +176,11 @@ class SamplingParams:
             _require("banned_ids", self.banned_ids, bool(left), "without at least one of allowed_ids")
         rule = f"at most max_new_tokens={self.max_new_tokens}"
         _require("min_new_tokens", self.min_new_tokens, self.min_new_tokens <= self.max_new_tokens, rule)
+        if self.constraint is not None:
+            if not hasattr(self.constraint, "begin"):
+                raise TypeError(f"constraint must have begin(), as json_schema(...) has, got {self.constraint!r}")
+            # The first token would begin with text of the prompt, which the constraint does not know.
+            _require("token_healing", self.token_healing, not self.token_healing, "False beside a constraint")
 
     @property
     def uses_history(self) -> bool:
@@ -199,6 +210,9 @@ class SamplingParams:
             beyond = [token_id for token_id in ids if token_id >= vocab_size]
             if beyond:
                 raise ValueError(f"{field} must hold ids below {vocab_size}, the model's vocabulary, got {beyond[0]}")
+        for field in ("logprobs", "prompt_logprobs"):
+            most = getattr(self, field) or 0
+            _require(field, most, most <= vocab_size, f"at most {vocab_size}, the model's vocabulary")
 
 
 def _number(field: str, value: object) -> float:

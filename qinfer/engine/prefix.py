@@ -51,7 +51,7 @@ def match(pages: PageTable, sequence: Sequence, window: Window) -> list[int]:
     """
     found: list[int | None] = []
     best = run = 0
-    for key in keys(sequence, (sequence.num_known - 1) // pages.page_size, pages.page_size):
+    for key in keys(sequence, sequence.num_skippable // pages.page_size, pages.page_size):
         found.append(pages.find(key))
         run = 0 if found[-1] is None else run + 1
         if run and run >= len(found) - window.first_page(len(found) * pages.page_size):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qinfer.engine import filters
+from qinfer.engine.constraints import Words, keep_allowed
 from qinfer.engine.params import SamplingParams
 from qinfer.engine.penalties import Changes, Edits
 from qinfer.kernels.edit_logits import edit_logits
@@ -70,6 +71,7 @@ class Row(NamedTuple):
     edits: Edits | None = None
     mask: Tensor | None = None  # [V] bool on the device of the logits, True where a token may be drawn
     mirostat: tuple[Mirostat, int] | None = None  # with the number of the step
+    words: Words | None = None  # bits of the only ids that a constraint lets be drawn
 
 
 class SamplerState:
@@ -82,7 +84,14 @@ class SamplerState:
         self._changes = Changes(params, prompt)
         self._mirostat = Mirostat(params.mirostat_tau) if params.mirostat_tau and params.temperature else None
 
-    def row(self, generated: Sequence[int], *, banned: Sequence[int] = (), mask: Tensor | None = None) -> Row:
+    def row(
+        self,
+        generated: Sequence[int],
+        *,
+        banned: Sequence[int] = (),
+        mask: Tensor | None = None,
+        words: Words | None = None,
+    ) -> Row:
         """Return what the next token is sampled with.
 
         Args:
@@ -90,11 +99,12 @@ class SamplerState:
                 `params.uses_history` is False, only its length matters.
             banned: Ids that may not be drawn in this step.
             mask: [V] bool on the device of the logits, True where a token may be drawn in this step; None allows all.
+            words: [ceil(V / 32)] bits of the ids that may be drawn in this step; None allows all.
         """
         step = len(generated)
         uniform = self.uniforms.at(step) if self.params.temperature else 0.0
         mirostat = None if self._mirostat is None else (self._mirostat, step)
-        return Row(self.params, uniform, self._changes.at(generated, banned), mask, mirostat)
+        return Row(self.params, uniform, self._changes.at(generated, banned), mask, mirostat, words)
 
     def rewind(self, num_generated: int) -> None:
         """Forget all generated ids after the first `num_generated`."""
@@ -306,7 +316,8 @@ def _edited(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Return the logits with every row's changes and mask; the given ones when there are none."""
     edits = [(i, row.edits) for i, row in enumerate(rows) if row.edits is not None]
     masks = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
-    if not edits and not masks:
+    words = [(i, row.words) for i, row in enumerate(rows) if row.words is not None]
+    if not edits and not masks and not words:
         return logits
     out = logits.clone()
     if edits:
@@ -325,6 +336,9 @@ def _edited(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         edit_logits(logits, out, *changed)
     for i, mask in masks:
         out[i].masked_fill_(~mask, -math.inf)
+    if words:
+        bits = np.stack([own for _, own in words])
+        keep_allowed(out, *_to_device(logits.device, np.array([i for i, _ in words]), bits))
     return out
 
 

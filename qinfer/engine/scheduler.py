@@ -24,6 +24,8 @@ from qinfer.errors import OutOfPages
 
 # One page per so many running sequences stays free at an admission: soon each of them will want one.
 _SEQUENCES_PER_SPARE_PAGE = 4
+# Prompt tokens in a step of a sequence that wants logprobs of its prompt, and so the logits of all of them.
+_SCORED_TOKENS = 256
 
 
 class Scheduler:
@@ -106,7 +108,8 @@ class Scheduler:
             budget = min(budget, self.max_mixed_tokens)
         for sequence in prompts:
             if budget and sequence.state is State.RUNNING:
-                count = self._extend(sequence, min(sequence.num_pending, budget))
+                most = _SCORED_TOKENS if sequence.is_scored else budget
+                count = self._extend(sequence, min(sequence.num_pending, budget, most))
                 step.append((sequence, count))
                 budget -= count
         return step

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qinfer.engine.draft import NgramDraft
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams
+from qinfer.engine.steering import Steering
 
 
 class State(enum.Enum):
@@ -39,11 +40,14 @@ class Sequence:
     ends: frozenset[int] = frozenset()  # ids that end the text
     healed: tuple[int, ...] = ()  # the id cut off the prompt, where the first generated one begins like it
     healing: Tensor | None = None  # [V] bool, the ids that begin like it
+    steering: Steering | None = None  # where it stands in its constraint
     priority: int = 0  # higher ones go first
     drafter: NgramDraft | None = None
     drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
     generated: list[int] = field(default_factory=list)  # ids that are on the host
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt from its second token on
+    num_scored: int = 0  # prompt tokens whose logits have become logprobs of their followers
     bans: dict[int, set[int]] = field(default_factory=dict)  # ids that were tried and taken back, by their place
     source: int = -1  # row of the last step that samples the next token, while its id is not on the host yet
     pages: list[int] = field(default_factory=list)  # by their place in the text; -1 where one was given back
@@ -94,6 +98,22 @@ class Sequence:
         """The pages that the sequence has."""
         return self.pages[self.num_freed :]
 
+    @property
+    def num_skippable(self) -> int:
+        """Tokens that need not be computed where their pages are known: their logits do not matter any more."""
+        return self.num_scored if self.is_scored else self.num_known - 1
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether logprobs of the prompt are wanted that no step has computed yet."""
+        return self.params.prompt_logprobs is not None and self.num_scored < len(self.prompt) - 1
+
+    def unscored(self, count: int) -> range:
+        """Return the places of the next `count` tokens whose logits tell about a prompt token, if that is wanted."""
+        if not self.is_scored:
+            return range(0)
+        return range(max(self.num_computed, self.num_scored), min(self.num_computed + count, len(self.prompt) - 1))
+
     def order(self) -> tuple[int, int]:
         """Return what sequences are sorted by: priority, then arrival."""
         return (-self.priority, self.id)
@@ -141,6 +161,8 @@ class Sequence:
             if place < len(self.drafts) and token_id != self.drafts[place]:
                 break
         self.source = -1
+        if self.steering is not None:
+            self.steering.follow(self.generated)
         if self.drafts:
             assert self.drafter is not None
             self.drafter.judge(len(self.drafts), max(0, len(self.generated) - before - 1))
@@ -158,6 +180,8 @@ class Sequence:
             return [self._row(self.generated)]
         rows = [self._row([*self.generated, *self.drafts[:place]]) for place in range(len(self.drafts) + 1)]
         self.sampler.rewind(len(self.generated))
+        if self.steering is not None:
+            self.steering.rewind(len(self.generated))
         return rows
 
     def _row(self, generated: list[int]) -> Row:
@@ -166,7 +190,8 @@ class Sequence:
         banned: Ids[int] = ()
         if self.bans or step < self.params.min_new_tokens:
             banned = [*self.bans.get(step, ()), *(self.ends if step < self.params.min_new_tokens else ())]
-        return self.sampler.row(generated, banned=banned, mask=None if step else self.healing)
+        words = None if self.steering is None else self.steering.words(generated)
+        return self.sampler.row(generated, banned=banned, mask=None if step else self.healing, words=words)
 
     def rewind(self, num_generated: int) -> None:
         """Take back all generated ids after the first `num_generated`, and the one that is on its way."""
@@ -175,5 +200,7 @@ class Sequence:
         self.bans = {place: ids for place, ids in self.bans.items() if place <= num_generated}
         self.num_computed = min(self.num_computed, self.num_known - 1)
         self.sampler.rewind(num_generated)
+        if self.steering is not None:
+            self.steering.rewind(num_generated)
         if self.drafter is not None:
             self.drafter.rewind(self.num_known)

@@ -23,6 +23,7 @@ from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.graphs import GraphRunner
 from qinfer.engine.rows import DecodeRows
 from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
+from qinfer.engine.scoring import Scores, copying, take_scores
 from qinfer.engine.sequence import Sequence, TokenLogprobs
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.model import Model
@@ -49,8 +50,11 @@ def _sizes(largest: int) -> list[int]:
     return sorted({size for power in powers for size in (power, power + 1, power + 16) if size <= largest} | {largest})
 
 
-def _wanted_logits(surplus: int) -> Literal["all", "last", "none"]:
-    """Say which logits a piece wants: none when tokens stay pending, all when drafts follow the newest one."""
+def _wanted_logits(sequence: Sequence, count: int) -> Literal["all", "last", "none"]:
+    """Say which logits a piece wants: none when tokens stay pending, all for drafts and where a prompt is scored."""
+    surplus = count - sequence.num_pending
+    if sequence.unscored(count):
+        return "all"
     return "none" if surplus < 0 else "all" if surplus else "last"
 
 
@@ -60,6 +64,7 @@ class Launched:
 
     sequences: list[Sequence]  # whose next token the step gives, in the order of the logits
     logits: Tensor  # [R, V], valid until the next launch
+    scores: list[Scores]  # of prompts
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,12 @@ class Sampled:
     _logprobs: Logprobs | None
     _arrived: torch.cuda.Event | None
     _comm: Communicator
+    scores: list[Scores]  # of prompts, once the ids are there
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that the step told something about."""
+        return self.rows + [scores.sequence for scores in self.scores]
 
     def ids(self) -> list[int]:
         """Wait for the ids and return them, one per row, -1 where the logits were not finite."""
@@ -91,11 +102,6 @@ class Sampled:
             count = self.rows[row].params.logprobs
             told[row] = TokenLogprobs(chosen, tuple(zip(ids, top, strict=True))[:count])
         return told
-
-
-def _copying(tensor: Tensor) -> Tensor:
-    """Return page-locked memory to which a tensor is on its way."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class StepRunner:
@@ -131,25 +137,30 @@ class StepRunner:
             step: Sequences with their number of tokens.
         """
         complete = [sequence for sequence, count in step if count >= sequence.num_pending]
+        scores = list[Scores]()
         if len(complete) == len(step) == sum(count for _, count in step):
             logits = self._decode(complete)
         else:
-            pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(n - s.num_pending)) for s, n in step]
+            pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(s, n)) for s, n in step]
             batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
             logits = self._forward(batch, self._cache)
+            if any(sequence.unscored(count) for sequence, count in step):
+                logits, scores = take_scores(step, pieces, logits)
         for sequence, count in step:
             sequence.num_computed += count
-        return Launched(complete, logits)
+        return Launched(complete, logits, scores)
 
     def sample(self, launched: Launched) -> Sampled | None:
-        """Launch the choice of the next tokens and their way to the host; None when the step gives no token."""
+        """Launch the choice of the next tokens and their way to the host; None when the step tells nothing."""
         rows, options = list[Sequence](), list[Row]()
         for sequence in launched.sequences:
             sequence.source = len(rows)
             options += (own := sequence.rows())
             rows += [sequence] * len(own)
+        scores = [own.to_host() for own in launched.scores] if self._on_gpu else launched.scores
         if not rows:
-            return None
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Sampled(rows, nothing, [], None, self._arrival(), self._model.comm, scores) if scores else None
         # Rank 0 decides; the others would agree but for the order in which a library adds.
         ids = self._model.comm.broadcast(sample(launched.logits, options))
         # Nobody reads them here when there were drafts: the host has to say first how many were right.
@@ -162,14 +173,20 @@ class StepRunner:
             index = torch.tensor(asked).to(ids.device, non_blocking=True)
             told = logprobs(launched.logits[index], ids[index], top_n)
         if not self._on_gpu:
-            return Sampled(rows, ids, asked, told, None, self._model.comm)
+            return Sampled(rows, ids, asked, told, None, self._model.comm, scores)
         self._host_ids.reverse()
         room = self._host_ids[0][: len(rows)]
-        host = room.copy_(ids, non_blocking=True) if len(room) == len(rows) else _copying(ids)
-        told = None if told is None else Logprobs(*map(_copying, told))
+        host = room.copy_(ids, non_blocking=True) if len(room) == len(rows) else copying(ids)
+        told = None if told is None else Logprobs(*map(copying, told))
+        return Sampled(rows, host, asked, told, self._arrival(), self._model.comm, scores)
+
+    def _arrival(self) -> torch.cuda.Event | None:
+        """Return the event of what was launched last, for which the host can wait; None on a CPU."""
+        if not self._on_gpu:
+            return None
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(self._model.device))
-        return Sampled(rows, host, asked, told, arrived, self._model.comm)
+        return arrived
 
     def warm_up(self, max_step_tokens: int) -> None:
         """Compile and record all that steps of so many tokens can ask for; pages and requests stay as they are.

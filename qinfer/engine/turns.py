@@ -5,7 +5,7 @@ new and cancelled requests, is told before each step. One message is a JSON obje
 
     generator    number of the generator it is about
     settings     how to make it, in its first message
-    requests     new ones: id, prompt, params, priority
+    requests     new ones: id, prompt, params, priority, and what their constraint is compiled from
     cancelled    ids of requests
     warm_up      true: warm up, there is no step
     released     numbers of generators that rank 0 has dropped since
@@ -15,12 +15,18 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
 
+from qinfer.engine.constraints import Constraint
+from qinfer.engine.grammar import Grammar
+from qinfer.engine.params import SamplingParams
 from qinfer.engine.sequence import Sequence
+from qinfer.errors import UnsupportedError
 from qinfer.parallel.comm import Communicator
+from qinfer.tokenizer import Tokenizer
 
 _numbers = count()
 # Filled by the garbage collector, which may run anywhere, and emptied by the next message.
@@ -44,8 +50,25 @@ class Turns:
     def request(self, sequence: Sequence) -> None:
         """Note a new request."""
         if self._is_heard:
-            request = {"id": sequence.id, "params": asdict(sequence.params), "priority": sequence.priority}
-            self._requests.append({**request, "prompt": [*sequence.prompt, *sequence.healed]})
+            constraint = sequence.params.constraint
+            self._requests.append(
+                {
+                    "id": sequence.id,
+                    "prompt": [*sequence.prompt, *sequence.healed],
+                    "params": asdict(replace(sequence.params, constraint=None)),
+                    "priority": sequence.priority,
+                    "grammar": constraint.source if isinstance(constraint, Grammar) else None,
+                }
+            )
+
+    def check(self, constraint: Constraint, tokenizer: Tokenizer | None) -> None:
+        """Raise an UnsupportedError if other ranks cannot be told of a constraint."""
+        if self._comm.size > 1 and (tokenizer is None or not isinstance(constraint, Grammar)):
+            kind = type(constraint).__name__
+            raise UnsupportedError(
+                "with several ranks, a model takes a schema, a regex or a grammar as constraint, compiled with its own "
+                f"tokenizer; got {kind}{' and the model has no tokenizer' if tokenizer is None else ''}"
+            )
 
     def cancel(self, request: int) -> None:
         """Note that a request was cancelled."""
@@ -63,6 +86,15 @@ class Turns:
             turn = {"generator": self._number, "requests": self._requests, "cancelled": self._cancelled}
             self._requests, self._cancelled = [], []
             self._comm.tell({**turn, "released": _take_released()})
+
+
+def heard(request: Mapping[str, Any], tokenizer: Tokenizer | None) -> SamplingParams:
+    """Return the parameters of a request that rank 0 told."""
+    params = SamplingParams(**request["params"])
+    if request["grammar"] is None:
+        return params
+    assert tokenizer is not None
+    return replace(params, constraint=Grammar("grammar", request["grammar"], tokenizer))
 
 
 def _take_released() -> list[int]:

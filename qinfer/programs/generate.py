@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qinfer.assets import STORYTELLER
 from qinfer.engine.follow import follow
 from qinfer.engine.generator import Generator
+from qinfer.engine.grammar import Grammar, grammar, json_schema, regex
 from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.model import Model
 from qinfer.parallel.spawn import join
 from qinfer.programs.plan import KV_FORMAT_HELP, gigabytes
+from qinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -39,6 +43,10 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens above P times the likeliest")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    constraints = parser.add_mutually_exclusive_group()
+    constraints.add_argument("--json-schema", metavar="FILE", help="write a JSON value of the schema in FILE")
+    constraints.add_argument("--regex", metavar="REGEX", help="write a text that REGEX matches as a whole")
+    constraints.add_argument("--grammar", metavar="FILE", help="write a text of the Lark grammar in FILE")
     parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=KV_FORMAT_HELP)
     parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
@@ -84,6 +92,7 @@ def _stream(model: Model, prompt: str, params: SamplingParams, options: argparse
     """Print the completion as it comes."""
     if model.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, which a text prompt needs")
+    params = replace(params, constraint=_constraint(options, model.tokenizer))
     max_tokens = len(model.tokenizer.encode(prompt)) + params.max_new_tokens
     generator = Generator(model, kv_format=options.kv_format, max_tokens=max_tokens, max_batch=1)
     print(prompt, end="", flush=True)
@@ -100,6 +109,23 @@ def _stream(model: Model, prompt: str, params: SamplingParams, options: argparse
     if completion.error is not None:
         raise completion.error
     return 0
+
+
+def _constraint(options: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
+    """Compile what the text has to look like."""
+    if options.json_schema is not None:
+        return json_schema(_read(options.json_schema), tokenizer)
+    if options.grammar is not None:
+        return grammar(_read(options.grammar), tokenizer)
+    return None if options.regex is None else regex(options.regex, tokenizer)
+
+
+def _read(file: str) -> str:
+    """Return the text of a file that was named on the command line."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"{file} cannot be read: {problem}") from problem
 
 
 def _speed(completion: Completion, prefill_s: float, decode_s: float) -> str:

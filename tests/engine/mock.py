@@ -34,6 +34,8 @@ class Adapter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.longest = 0
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.eos_ids = frozenset({0})
 
     def decode(self, ids: Sequence[int]) -> str:
         self.longest = max(self.longest, len(ids))
@@ -41,6 +43,9 @@ class Adapter:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
+
+    def serialized(self) -> str:
+        return self.tokenizer.to_str()
 
     def continuations(self, token_id: int) -> list[int]:
         spelling = self.tokenizer.id_to_token(token_id) or "no token"
