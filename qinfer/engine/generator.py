@@ -137,7 +137,14 @@ class Generator:
         longest = self.pages.pages_for(model.config.max_positions)
         if model.config.longest_window is None:
             longest = min(longest, self.pages.num_pages)
-        self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
+        self.runner = StepRunner(
+            model,
+            self.cache,
+            page_size=page_size,
+            max_batch=max_batch,
+            table_width=longest,
+            max_mixed_tokens=self.scheduler.max_mixed_tokens,
+        )
         self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
         self._news: list[tuple[Job, bool]] = []  # who has ids that no event has told, and whether sampling went well
         self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's

@@ -1,10 +1,15 @@
-"""Decode steps as CUDA graphs: the kernels of a step are recorded once per batch size and replayed with one launch.
+"""Steps as CUDA graphs: the kernels of a step are recorded once per room and replayed with one launch.
 
-Batch sizes are rounded up to buckets 1, 2, 4, 8, …; a bucket owns the buffer of a `Batch` with one token per row, whose
-page table is as wide as the longest sequence allowed. A step copies its own buffer over that one and replays. Rows that
-a step leaves unused carry slot -1 and context length 0: they write nothing and read nothing.
+Two kinds of steps have rooms, as wide in pages as the longest sequence allowed:
+- Decode: one token per sequence, sizes rounded up to buckets 1, 2, 4, 8, …
+- Mixed: streams beside prompts or drafts, tokens rounded up to 16, 32, 64 and multiples of 64, with sequences and rows
+  of logits for a full batch. Launching their kernels one by one takes the host longer than running them takes the GPU.
 
-All graphs allocate from one memory pool, so the logits of a step are overwritten by the next step of any bucket.
+A room owns the buffer of a `Batch`; a step copies its own buffer over that one and replays. What a step leaves unused
+carries slot -1 and context length 0: it writes nothing and reads nothing. Its attention gives zeros and its other rows
+depend on no row but themselves.
+
+All graphs allocate from one memory pool, so the logits of a step are overwritten by the next step of any room.
 """
 
 from __future__ import annotations
@@ -16,10 +21,11 @@ import torch
 from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
-from qinfer.models.batch import Batch
+from qinfer.models.batch import Batch, Room
 
 # The first run compiles kernels and loads libraries, which a capture must not do; the second shows that they are there.
 _WARM_UP_RUNS = 2
+_MOST_MULTIPLES = 8  # of 64 tokens, or of more where they do not reach
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,24 @@ def bucket_sizes(max_batch: int) -> tuple[int, ...]:
     return (*(1 << power for power in range((max_batch - 1).bit_length())), max_batch)
 
 
+def mixed_sizes(most: int) -> tuple[int, ...]:
+    """Return the numbers of tokens to which mixed steps of at most `most` tokens are padded, none if that is 0."""
+    step = 64 * max(1, -(-most // (64 * _MOST_MULTIPLES)))
+    multiples = [step * i for i in range(1, -(-most // step) + 1)]
+    return (*(size for size in (16, 32, 64) if multiples and size < step), *multiples)
+
+
 class GraphRunner:
-    """Runs steps of one token per sequence through recorded graphs, one per bucket, recorded when first needed."""
+    """Runs steps through recorded graphs, one per room, recorded when first needed."""
 
     def __init__(
-        self, decoder: Callable[[Batch, PagedKVCache], Tensor], cache: PagedKVCache, *, max_batch: int, table_width: int
+        self,
+        decoder: Callable[[Batch, PagedKVCache], Tensor],
+        cache: PagedKVCache,
+        *,
+        max_batch: int,
+        table_width: int,
+        max_mixed_tokens: int = 0,
     ) -> None:
         """Record nothing yet.
 
@@ -55,13 +74,16 @@ class GraphRunner:
             cache: The pages that every replay reads and writes; they must stay where they are.
             max_batch: Most sequences in a step.
             table_width: Pages of the longest sequence.
+            max_mixed_tokens: Most tokens of a step with prompts or drafts that goes through a graph.
         """
         self.buckets = bucket_sizes(max_batch)
         self.table_width = table_width
+        # One sequence more, to which the padding belongs.
+        self.mixed = tuple(Room(tokens, max_batch + 1, max_batch) for tokens in mixed_sizes(max_mixed_tokens))
         self._decoder = decoder
         self._cache = cache
         self._device = torch.device(cache.device)
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[Room, _Captured] = {}
 
     def bucket(self, num_rows: int) -> int:
         """Return the size to which a step of `num_rows` sequences is padded.
@@ -73,49 +95,63 @@ class GraphRunner:
             raise ValueError(f"a step may have at most {self.buckets[-1]} sequences, got {num_rows}")
         return next(size for size in self.buckets if size >= num_rows)
 
+    def mixed_room(self, used: Room) -> Room | None:
+        """Return the smallest room for a mixed step that uses so much; None if there is none, and it runs eagerly."""
+        fits = (room for room in self.mixed if all(has <= may for has, may in zip(used, room, strict=True)))
+        return next(fits, None)
+
     def capture_all(self) -> None:
-        """Record every bucket now, largest first so that the smaller ones fit into its memory."""
-        for size in reversed(self.buckets):
-            if size not in self._captured:
-                self._captured[size] = self._capture(size)
+        """Record every room now, largest first so that the smaller ones fit into its memory."""
+        for room in (*reversed(self.mixed), *map(Room.of_rows, reversed(self.buckets))):
+            if room not in self._captured:
+                self._captured[room] = self._capture(room)
 
     def run(self, batch: Batch) -> Tensor:
-        """Replay the step on a batch that was built with `pad_to=bucket(n)` and `table_width=table_width`.
+        """Replay the step on a batch that was padded to a room, with `table_width=table_width`.
 
         Returns:
-            [bucket, V] fp32 logits, valid until the next call; rows of padding hold values without meaning.
+            [R, V] fp32 logits, valid until the next call; rows of padding hold values without meaning.
         """
-        size = batch.context_lens.shape[0]
-        if size not in self.buckets or batch.buffer.shape != (self._buffer_length(size),):
+        room = Room(batch.token_ids.shape[0], batch.context_lens.shape[0], batch.logit_rows.shape[0])
+        is_known = room in self.mixed or (room.sequences in self.buckets and room == Room.of_rows(room.sequences))
+        if not is_known or batch.buffer.shape != (self._buffer_length(room),):
             raise ValueError(
-                f"batch must have one token per row, a page table {self.table_width} wide and rows in {self.buckets}, "
-                f"got {batch.token_ids.shape[0]} tokens, a table {batch.page_table.shape[1]} wide and {size} rows"
+                f"batch must have one token per row and rows in {self.buckets}, or a room in {self.mixed}, and a page "
+                f"table {self.table_width} wide; got {room} and a table {batch.page_table.shape[1]} wide"
             )
-        if size not in self._captured:
-            self._captured[size] = self._capture(size)
-        captured = self._captured[size]
+        if room not in self._captured:
+            self._captured[room] = self._capture(room)
+        captured = self._captured[room]
         captured.batch.buffer.copy_(batch.buffer, non_blocking=True)
         captured.graph.replay()
         return captured.logits
 
-    def _buffer_length(self, size: int) -> int:
-        """Return the length of a bucket's buffer."""
-        return Batch.buffer_length(T=size, B=size, W=self.table_width, R=size)
+    def _sizes(self, room: Room) -> dict[str, int]:
+        """Return the sizes of a room's fields."""
+        return {"T": room.tokens, "B": room.sequences, "W": self.table_width, "R": room.logits}
 
-    def _padding(self, size: int) -> Batch:
-        """Return a bucket of nothing but padding, so that recording leaves the cache as it is."""
-        buffer = torch.zeros(self._buffer_length(size), dtype=torch.int32, device=self._device)
-        batch = Batch.views(buffer, T=size, B=size, W=self.table_width, R=size, max_query_len=1)
+    def _buffer_length(self, room: Room) -> int:
+        """Return the length of a room's buffer."""
+        return Batch.buffer_length(**self._sizes(room))
+
+    def _padding(self, room: Room) -> Batch:
+        """Return a room of nothing but padding, so that recording leaves the cache as it is."""
+        buffer = torch.zeros(self._buffer_length(room), dtype=torch.int32, device=self._device)
+        is_decode = room == Room.of_rows(room.sequences)
+        # Any piece of a mixed step may be as long as the step.
+        batch = Batch.views(buffer, **self._sizes(room), max_query_len=1 if is_decode else room.tokens)
         batch.slots.fill_(-1)
         batch.page_table.fill_(-1)
-        torch.arange(size + 1, out=batch.query_starts)
-        torch.arange(size, out=batch.logit_rows)
+        starts = torch.arange(room.sequences + 1, dtype=torch.int32).clamp_(max=room.tokens)
+        starts[-1] = room.tokens
+        batch.query_starts.copy_(starts)
+        batch.logit_rows.copy_(torch.arange(room.logits).clamp_(max=room.tokens - 1))
         return batch
 
-    def _capture(self, size: int) -> _Captured:
+    def _capture(self, room: Room) -> _Captured:
         """Run the step a few times on a stream of its own, then record it."""
         with torch.cuda.device(self._device):
-            batch = self._padding(size)
+            batch = self._padding(room)
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

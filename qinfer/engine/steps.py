@@ -25,7 +25,7 @@ from qinfer.engine.rows import DecodeRows
 from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
 from qinfer.engine.scoring import Scores, copying, take_scores
 from qinfer.engine.sequence import Sequence, TokenLogprobs
-from qinfer.models.batch import Batch, Piece
+from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 from qinfer.parallel.comm import Communicator
 
@@ -107,7 +107,16 @@ class Sampled:
 class StepRunner:
     """Runs steps of a model over its pages."""
 
-    def __init__(self, model: Model, cache: PagedKVCache, *, page_size: int, max_batch: int, table_width: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedKVCache,
+        *,
+        page_size: int,
+        max_batch: int,
+        table_width: int,
+        max_mixed_tokens: int,
+    ) -> None:
         """Allocate the buffers that carry ids between steps and to the host.
 
         Args:
@@ -116,6 +125,7 @@ class StepRunner:
             page_size: Tokens per page.
             max_batch: Most sequences in a step.
             table_width: Pages of the longest sequence.
+            max_mixed_tokens: Most prompt tokens in a step in which other sequences decode.
         """
         self._model = model
         self._cache = cache
@@ -128,7 +138,13 @@ class StepRunner:
         self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
         self.graphs: GraphRunner | None = None
         if self._on_gpu:
-            self.graphs = GraphRunner(self._forward, cache, max_batch=max_batch, table_width=table_width)
+            self.graphs = GraphRunner(
+                self._forward,
+                cache,
+                max_batch=max_batch,
+                table_width=table_width,
+                max_mixed_tokens=max_mixed_tokens + max_batch,
+            )
 
     def launch(self, step: Step) -> Launched:
         """Launch the forward pass of a step; sequences count its tokens as computed from now on.
@@ -142,8 +158,7 @@ class StepRunner:
             logits = self._decode(complete)
         else:
             pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(s, n)) for s, n in step]
-            batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
-            logits = self._forward(batch, self._cache)
+            logits = self._mixed(pieces, is_beside_streams=any(s.num_computed >= len(s.prompt) for s, _ in step))
             if any(sequence.unscored(count) for sequence, count in step):
                 logits, scores = take_scores(step, pieces, logits)
         for sequence, count in step:
@@ -224,6 +239,22 @@ class StepRunner:
         """Fill in the ids that only the device knows, and run the decoder."""
         feed(batch.token_ids, self._sampled)
         return self._model.decoder(batch, cache)
+
+    def _mixed(self, pieces: Rows[Piece], *, is_beside_streams: bool) -> Tensor:
+        """Run a step of any pieces, through a recorded graph where streams wait for it and it fits."""
+        used = Room.of_pieces(pieces)
+        room = self.graphs.mixed_room(used) if self.graphs is not None and is_beside_streams else None
+        if self.graphs is None or room is None:
+            batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
+            return self._forward(batch, self._cache)
+        batch = Batch.build(
+            pieces,
+            page_size=self._page_size,
+            device=self._model.device,
+            pad_to=room,
+            table_width=self._table_width,
+        )
+        return self.graphs.run(batch)[: used.logits]
 
     def _decode(self, sequences: Rows[Sequence]) -> Tensor:
         """Run a step of one token per sequence, through a recorded graph where there are graphs."""

@@ -14,13 +14,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 4  # int32 elements in 16 bytes
+
+
+class Room(NamedTuple):
+    """How many tokens, sequences and rows of logits a step has, padding included."""
+
+    tokens: int
+    sequences: int
+    logits: int
+
+    @classmethod
+    def of_rows(cls, count: int) -> Room:
+        """Return the room of a step in which each sequence computes one token."""
+        return cls(count, count, count)
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Piece]) -> Room:
+        """Return what pieces take without padding."""
+        return cls(sum(len(piece.token_ids) for piece in pieces), len(pieces), len(_logit_rows(pieces)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ class Batch:
         *,
         page_size: int,
         device: torch.device | str,
-        pad_to: int | None = None,
+        pad_to: Room | None = None,
         table_width: int | None = None,
     ) -> Batch:
         """Join pieces of several sequences into one step.
@@ -113,25 +131,28 @@ class Batch:
             pieces: at least one, each of its own sequence.
             page_size: tokens per page of the cache.
             device: where the fields go.
-            pad_to: number of rows of a graph's bucket. Every piece must be one token that wants logits; the rows
-                behind them get token 0, position 0, slot -1, context length 0 and logits of their own.
+            pad_to: sizes to pad to. Tokens behind those of the pieces get id 0, position 0 and slot -1; they belong to
+                sequences of context length 0, one to each and the rest to the last. Rows of logits behind the wanted
+                ones are of such tokens, or of the last token of all.
             table_width: W; None takes what the longest sequence needs.
 
         Returns:
-            A batch whose T, B and R are the pieces' totals, or all `pad_to`.
+            A batch whose T, B and R are the pieces' totals, or those of `pad_to`.
 
         Raises:
             ValueError: a piece is empty, starts below 0 or has too few pages, or the padding is impossible.
         """
+        if len(pieces) == 0:
+            raise ValueError("a batch must have at least one piece, got none")
         needed = [_num_pages(index, piece, page_size) for index, piece in enumerate(pieces)]
-        rows = _num_rows(pieces, pad_to)
-        num_padding = rows - len(pieces)
-        logit_rows = _logit_rows(pieces) + list(range(len(pieces), rows))
-        lengths = [len(piece.token_ids) for piece in pieces] + [1] * num_padding
+        lengths = [len(piece.token_ids) for piece in pieces]
+        logit_rows = _logit_rows(pieces)
+        if pad_to is not None:
+            lengths, logit_rows = _padded(lengths, logit_rows, pad_to)
         width = max(needed) if table_width is None else table_width
         if width < max(needed):
             raise ValueError(f"table_width must be at least {max(needed)} for these pieces, got {width}")
-        sizes = {"T": sum(lengths), "B": rows, "W": width, "R": len(logit_rows)}
+        sizes = {"T": sum(lengths), "B": len(lengths), "W": width, "R": len(logit_rows)}
         device = torch.device(device)
         host = torch.empty(cls.buffer_length(**sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         batch = cls.views(host, **sizes, max_query_len=max(lengths))
@@ -182,21 +203,20 @@ def _num_pages(index: int, piece: Piece, page_size: int) -> int:
     return needed
 
 
-def _num_rows(pieces: Sequence[Piece], pad_to: int | None) -> int:
-    """Return the number of sequences with padding, after checking that the pieces can be padded."""
-    if len(pieces) == 0:
-        raise ValueError("a batch must have at least one piece, got none")
-    if pad_to is None:
-        return len(pieces)
-    if pad_to < len(pieces):
-        raise ValueError(f"pad_to must be at least the number of pieces, {len(pieces)}, got {pad_to}")
-    for index, piece in enumerate(pieces):
-        if len(piece.token_ids) != 1 or piece.wants_logits == "none":
-            raise ValueError(
-                f"pieces of a padded batch must be one token that wants logits, piece {index} has "
-                f"{len(piece.token_ids)} and wants {piece.wants_logits!r}"
-            )
-    return pad_to
+def _padded(lengths: Sequence[int], logit_rows: Sequence[int], room: Room) -> tuple[list[int], list[int]]:
+    """Return the tokens per sequence and the rows of logits with padding up to a room."""
+    num_tokens, num_sequences = sum(lengths), len(lengths)
+    used = Room(num_tokens, num_sequences, len(logit_rows))
+    if any(has > may for has, may in zip(used, room, strict=True)):
+        raise ValueError(f"pad_to must have room for {used}, got {room}")
+    spare, rows = room.tokens - num_tokens, room.sequences - num_sequences
+    if spare and not rows:
+        raise ValueError(f"pad_to must have a sequence for {spare} tokens of padding, got {room}")
+    padding = [int(row < spare) for row in range(rows)]
+    if spare > rows:
+        padding[-1] += spare - rows
+    behind = (min(num_tokens + i, room.tokens - 1) for i in range(room.logits - len(logit_rows)))
+    return [*lengths, *padding], [*logit_rows, *behind]
 
 
 def _logit_rows(pieces: Sequence[Piece]) -> list[int]:

@@ -8,9 +8,9 @@ from triton import knobs
 
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.generator import Generator
-from qinfer.engine.graphs import GraphRunner, bucket_sizes
+from qinfer.engine.graphs import GraphRunner, bucket_sizes, mixed_sizes
 from qinfer.engine.sampling import SamplingParams
-from qinfer.models.batch import Batch, Piece
+from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 from tests.models import tiny
 
@@ -40,13 +40,30 @@ def test_steps_are_padded_to_the_next_bucket() -> None:
         runner.bucket(12)
 
 
+def test_mixed_steps_are_padded_to_few_sizes() -> None:
+    assert mixed_sizes(0) == ()
+    assert mixed_sizes(40) == (16, 32, 64)
+    assert mixed_sizes(320) == (16, 32, 64, 128, 192, 256, 320)
+    assert mixed_sizes(1200) == (16, 32, 64, 192, 384, 576, 768, 960, 1152, 1344)
+    runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH, max_mixed_tokens=70)
+    assert runner.mixed_room(Room(20, 3, 2)) == Room(32, 5, 4)
+    assert runner.mixed_room(Room(65, 4, 4)) == Room(128, 5, 4)
+    assert runner.mixed_room(Room(129, 2, 2)) is None
+    assert runner.mixed_room(Room(20, 2, 5)) is None, "drafts want more logits than there are"
+    padding = runner._padding(Room(32, 5, 4))
+    assert padding.query_starts.tolist() == [0, 1, 2, 3, 4, 32]
+    assert (padding.max_query_len, padding.context_lens.tolist()) == (32, [0] * 5)
+
+
 def test_recording_writes_nothing_and_reads_nothing() -> None:
     runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH)
-    batch = runner._padding(4)
+    batch = runner._padding(Room.of_rows(4))
     assert (batch.slots.tolist(), batch.context_lens.tolist()) == ([-1] * 4, [0] * 4)
     assert (batch.query_starts.tolist(), batch.logit_rows.tolist()) == ([0, 1, 2, 3, 4], [0, 1, 2, 3])
     # A step of the same bucket fits over it.
-    step = Batch.build([Piece([5], 0, [1], "last")], page_size=PAGE, device="cpu", pad_to=4, table_width=WIDTH)
+    step = Batch.build(
+        [Piece([5], 0, [1], "last")], page_size=PAGE, device="cpu", pad_to=Room.of_rows(4), table_width=WIDTH
+    )
     batch.buffer.copy_(step.buffer)
     assert batch.token_ids.tolist() == [5, 0, 0, 0]
 
@@ -54,7 +71,9 @@ def test_recording_writes_nothing_and_reads_nothing() -> None:
 @pytest.mark.parametrize(("pad_to", "width"), [(3, WIDTH), (4, WIDTH + 4)])
 def test_batches_of_another_shape_are_refused(pad_to: int, width: int) -> None:
     runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH)
-    batch = Batch.build([Piece([5], 0, [1], "last")], page_size=PAGE, device="cpu", pad_to=pad_to, table_width=width)
+    batch = Batch.build(
+        [Piece([5], 0, [1], "last")], page_size=PAGE, device="cpu", pad_to=Room.of_rows(pad_to), table_width=width
+    )
     with pytest.raises(ValueError, match="batch must have one token per row"):
         runner.run(batch)
 
@@ -73,9 +92,9 @@ class Eager(GraphRunner):
     """The same padded steps without a graph."""
 
     def run(self, batch: Batch) -> Tensor:
-        rows, width = batch.page_table.shape
-        sizes = {"T": rows, "B": rows, "W": width, "R": rows}
-        on_device = Batch.views(batch.buffer.to(self._device), **sizes, max_query_len=1)
+        (rows, width), tokens = batch.page_table.shape, batch.token_ids.shape[0]
+        sizes = {"T": tokens, "B": rows, "W": width, "R": batch.logit_rows.shape[0]}
+        on_device = Batch.views(batch.buffer.to(self._device), **sizes, max_query_len=1 if tokens == rows else tokens)
         return self._decoder(on_device, self._cache)
 
 
@@ -99,7 +118,9 @@ def test_graph_gives_the_logits_of_the_eager_step_bitwise(model: Model) -> None:
         results = []
         for runner in runners:
             rows = runner.bucket(count)
-            batch = Batch.build(pieces, page_size=PAGE, device=model.device, pad_to=rows, table_width=WIDTH)
+            batch = Batch.build(
+                pieces, page_size=PAGE, device=model.device, pad_to=Room.of_rows(rows), table_width=WIDTH
+            )
             results.append(runner.run(batch)[:count].clone())
         assert torch.isfinite(results[0]).all()
         assert torch.equal(*results), f"step {step}"
@@ -116,10 +137,15 @@ def test_generator_on_graphs_says_the_same(model: Model) -> None:
     several = [SamplingParams(temperature=t, seed=3, max_new_tokens=30, ignore_eos=True) for t in (0, 0.8, 0, 1, 0)]
     with_graphs, eager = Generator(model, **options), Generator(model, **options)
     width = with_graphs.runner.graphs.table_width
-    eager.runner.graphs = Eager(eager.runner._forward, eager.cache, max_batch=4, table_width=width)
+    # Padded alike, so that both take the same kernels.
+    most = eager.scheduler.max_mixed_tokens + 4
+    eager.runner.graphs = Eager(
+        eager.runner._forward, eager.cache, max_batch=4, table_width=width, max_mixed_tokens=most
+    )
     outs = with_graphs.generate(texts, several)
     assert outs == eager.generate(texts, several)
     assert outs == with_graphs.generate(texts, several)
+    assert set(with_graphs.runner.graphs._captured) & set(with_graphs.runner.graphs.mixed), "no step was mixed"
     assert [out.finish_reason for out in outs] == ["length"] * 5
     assert with_graphs.pages.num_used == 0
 
@@ -129,7 +155,7 @@ def test_nothing_is_compiled_after_the_warm_up(model: Model, monkeypatch: pytest
     gen = Generator(model, max_tokens=1024, page_size=PAGE, max_batch=6, max_step_tokens=64)
     gen.warm_up()
     assert gen.runner.graphs is not None
-    assert len(gen.runner.graphs._captured) == len(gen.runner.graphs.buckets)
+    assert len(gen.runner.graphs._captured) == len(gen.runner.graphs.buckets) + len(gen.runner.graphs.mixed)
     compiled: list[object] = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
     random = Random(0)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from qinfer.engine.rows import DecodeRows
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.sequence import Sequence
-from qinfer.models.batch import Batch, Piece
+from qinfer.models.batch import Batch, Piece, Room
 
 PAGE, WIDTH, ROWS = 4, 5, 4
 READ = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logit_rows")
@@ -41,7 +41,7 @@ def test_refilled_rows_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int
             sequences.append(one)
         got = rows.fill(sequences)
         pieces = [Piece(one.pending(1), one.num_computed, one.pages, "last") for one in sequences]
-        want = Batch.build(pieces, page_size=PAGE, device="cpu", pad_to=ROWS, table_width=WIDTH)
+        want = Batch.build(pieces, page_size=PAGE, device="cpu", pad_to=Room.of_rows(ROWS), table_width=WIDTH)
         for name in READ:
             assert torch.equal(getattr(got, name), getattr(want, name)), name
         for row, one in enumerate(sequences):

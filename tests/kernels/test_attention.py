@@ -124,6 +124,7 @@ BATCHES = {
     "chunk": ([5], [40]),
     "mixed": ([1, 9, 1], [33, 9, 1]),
     "mixed with padding and a sequence without queries": ([3, 0, 12, 1], [19, 16, 28, 0]),
+    "padding of several tokens": ([2, 0, 5], [18, 0, 0]),
 }
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qinfer.models.batch import Batch, Piece
+from qinfer.models.batch import Batch, Piece, Room
 
 FIELDS = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logit_rows", "page_table")
 
@@ -37,7 +37,7 @@ def test_fields_are_aligned_views_of_one_buffer() -> None:
 
 def test_copied_buffer_gives_the_same_batch() -> None:
     pieces = [Piece([4], 5, [3], "last"), Piece([6], 17, [1, 9], "last")]
-    batch = Batch.build(pieces, page_size=16, device="cpu", pad_to=4, table_width=3)
+    batch = Batch.build(pieces, page_size=16, device="cpu", pad_to=Room.of_rows(4), table_width=3)
     sizes = {"T": 4, "B": 4, "W": 3, "R": 4}
     static = Batch.views(torch.full((Batch.buffer_length(**sizes),), 99, dtype=torch.int32), **sizes, max_query_len=1)
     static.buffer.copy_(batch.buffer)
@@ -46,7 +46,7 @@ def test_copied_buffer_gives_the_same_batch() -> None:
 
 
 def test_padding_rows() -> None:
-    batch = Batch.build([Piece([4], 5, [3], "last")], page_size=16, device="cpu", pad_to=3, table_width=2)
+    batch = Batch.build([Piece([4], 5, [3], "last")], page_size=16, device="cpu", pad_to=Room.of_rows(3), table_width=2)
     assert batch.token_ids.tolist() == [4, 0, 0]
     assert batch.positions.tolist() == [5, 0, 0]
     assert batch.slots.tolist() == [53, -1, -1]
@@ -54,6 +54,19 @@ def test_padding_rows() -> None:
     assert batch.context_lens.tolist() == [6, 0, 0]
     assert batch.logit_rows.tolist() == [0, 1, 2]
     assert batch.page_table.tolist() == [[3, -1], [-1, -1], [-1, -1]]
+
+
+def test_room_for_a_mixed_step() -> None:
+    pieces = [Piece([4], 5, [3], "last"), Piece([6, 7, 8], 0, [1], "none")]
+    assert Room.of_pieces(pieces) == Room(4, 2, 1)
+    batch = Batch.build(pieces, page_size=16, device="cpu", pad_to=Room(9, 4, 3), table_width=2)
+    assert batch.token_ids.tolist() == [4, 6, 7, 8, 0, 0, 0, 0, 0]
+    assert batch.slots.tolist() == [53, 16, 17, 18, -1, -1, -1, -1, -1]
+    assert batch.query_starts.tolist() == [0, 1, 4, 5, 9], "the last sequence takes what padding is left"
+    assert batch.context_lens.tolist() == [6, 3, 0, 0]
+    assert batch.logit_rows.tolist() == [0, 4, 5]
+    full = Batch.build(pieces, page_size=16, device="cpu", pad_to=Room(4, 4, 4), table_width=2)
+    assert (full.query_starts.tolist(), full.logit_rows.tolist()) == ([0, 1, 4, 4, 4], [0, 3, 3, 3])
 
 
 def test_no_logits_gives_no_rows() -> None:
@@ -74,13 +87,18 @@ def test_no_logits_gives_no_rows() -> None:
             r"piece 0 must be at least 0, or -1 before its first .*, got \[0, -1\]",
         ),
         ([Piece([1], 0, [0], "some")], {}, "got 'some'"),
-        ([Piece([1], 0, [0], "last")] * 3, {"pad_to": 2}, "at least the number of pieces, 3, got 2"),
-        ([Piece([1, 2], 0, [0], "last")], {"pad_to": 2}, "has 2 and wants 'last'"),
-        ([Piece([1], 0, [0], "none")], {"pad_to": 2}, "has 1 and wants 'none'"),
+        (
+            [Piece([1], 0, [0], "last")] * 3,
+            {"pad_to": Room.of_rows(2)},
+            r"room for Room\(tokens=3, sequences=3, logits=3\)",
+        ),
+        ([Piece([1, 2], 0, [0], "last")], {"pad_to": Room(1, 2, 2)}, r"room for Room\(tokens=2, .* got Room\(tokens=1"),
+        ([Piece([1, 2], 0, [0], "all")], {"pad_to": Room(2, 2, 1)}, r"room for Room\(.* logits=2\), got"),
+        ([Piece([1, 2], 0, [0], "last")], {"pad_to": Room(5, 1, 1)}, "must have a sequence for 3 tokens of padding"),
         ([Piece([1], 16, [0, 1], "last")], {"table_width": 1}, "table_width must be at least 2"),
     ],
 )
-def test_bad_pieces(pieces: list[Piece], options: dict[str, int], message: str) -> None:
+def test_bad_pieces(pieces: list[Piece], options: dict[str, Room | int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Batch.build(pieces, page_size=16, device="cpu", **options)
 

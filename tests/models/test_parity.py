@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qinfer.kernels.device import implementation
-from qinfer.models.batch import Batch, Piece
+from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 from tests.compare import assert_close, errors
 from tests.models import tiny
@@ -140,7 +140,7 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     assert model.decoder(prefill, cache).shape == (0, tiny.VOCAB)
     before = [page.codes.clone() for page in cache.pages(0)]
     step = [Piece(ids[20:], 20, [2, 0], "last")]
-    padded = Batch.build(step, page_size=16, device="cpu", pad_to=4, table_width=4)
+    padded = Batch.build(step, page_size=16, device="cpu", pad_to=Room.of_rows(4), table_width=4)
     logits = model.decoder(padded, cache)
     assert logits.shape == (4, tiny.VOCAB)
     assert torch.isfinite(logits).all()
@@ -148,6 +148,23 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     for page, old in zip(cache.pages(0), before, strict=True):
         changed = (page.codes != old).any(dim=3).any(dim=1).nonzero().tolist()
         assert changed == [[0, 4]], "only the slot of token 20, the second page's fifth, may change"
+
+
+def test_a_mixed_step_may_be_padded(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "llama")
+    model, first, second = Model.load(tmp_path, device="cpu"), tiny.prompt(21, seed=1), tiny.prompt(9, seed=2)
+    logits = []
+    for room in (None, Room(32, 5, 4), Room(12, 4, 4)):
+        cache = model.new_cache(5, page_size=16)
+        start = Batch.build([Piece(first[:20], 0, [2, 0], "none")], page_size=16, device="cpu")
+        model.decoder(start, cache)
+        step = [Piece(first[20:], 20, [2, 0], "last"), Piece(second, 0, [4], "last")]
+        batch = Batch.build(step, page_size=16, device="cpu", pad_to=room, table_width=None if room is None else 4)
+        logits.append(model.decoder(batch, cache)[:2])
+        assert not cache.pages(0)[0].codes[[1, 3]].any(), "padding writes nothing"
+    for padded in logits[1:]:
+        assert_close(padded, logits[0])
+    assert_close(logits[0], torch.stack([model.logits(ids)[-1] for ids in (first, second)]))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
