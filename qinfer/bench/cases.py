@@ -65,7 +65,7 @@ def _head_cases(run: Run) -> None:
 
 
 def _write_cases(run: Run, codec: str) -> None:
-    """The write to the cache, alone and fused with the rotation."""
+    """The write to the cache, alone, fused with the rotation, and with the norm of heads before it."""
     s, d = run.shape, run.dtype
     name = run.name if codec == run.half else f"{run.name} {codec}"
 
@@ -76,14 +76,21 @@ def _write_cases(run: Run, codec: str) -> None:
         assert slots is not None
         return (k, v, m.pages(s, 16, codec), m.pages(s, 16, codec), slots[: run.tokens]), {}
 
-    @case("rope_write", name, compiled=run.compiled and codec in (run.half, "q4", "fp8"))
-    def _(m: Maker) -> Arguments:
+    def turned(m: Maker) -> Arguments:
         q, k, v = m.heads(s, run.tokens, d)
         cos, sin = (m.normal(8192, s.head_dim // 2, dtype=FP32) for _ in range(2))
         positions, slots = m.integers(run.tokens, high=8192), m.permutation(16 * PAGE_SIZE)
         assert slots is not None
         pages = m.pages(s, 16, codec), m.pages(s, 16, codec)
         return (q, k, v, cos, sin, positions, *pages, slots[: run.tokens]), {"interleaved": False}
+
+    case("rope_write", name, compiled=run.compiled and codec in (run.half, "q4", "fp8"))(turned)
+
+    @case("rope_write", f"{name} norm", compiled=run.compiled and s is LLAMA and codec in (run.half, "q4"))
+    def _(m: Maker) -> Arguments:
+        args, keywords = turned(m)
+        weights = {f"{side}_weight": m.normal(s.head_dim, dtype=d) for side in "qk"}
+        return args, {**keywords, **weights, "eps": 1e-6}
 
 
 def _rope_case(run: Run, *, interleaved: bool, part: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -102,8 +104,32 @@ class PagedKVCache:
         Raises:
             ValueError: There is no such page.
         """
-        for page in (source, target):
-            if not 0 <= page < self.num_pages:
-                raise ValueError(f"a page must be from 0 to {self.num_pages - 1}, got {page}")
+        self._check((source, target))
         for tensor in self._storage:
             tensor[:, target] = tensor[:, source]
+
+    def move_pages(self, moves: Mapping[int, int]) -> None:
+        """Make page moves[source] what page `source` is, in every layer and for all at once: a ring of pages rotates.
+
+        Args:
+            moves: Old page to new one. A new one that is no old one loses what it held; an old one that is no new one
+                keeps it.
+
+        Raises:
+            ValueError: There is no such page, or two pages would become one.
+        """
+        sources, targets = list(moves), list(moves.values())
+        self._check((*sources, *targets))
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"two pages cannot move to one, got {dict(moves)}")
+        if moves:
+            for tensor in self._storage:
+                # One layer at a time, because what moves is held twice meanwhile.
+                for layer in tensor:
+                    layer[targets] = layer[sources]
+
+    def _check(self, pages: Iterable[int]) -> None:
+        """Refuse numbers that are not pages; a negative one would otherwise count from the end."""
+        for page in pages:
+            if not 0 <= page < self.num_pages:
+                raise ValueError(f"a page must be from 0 to {self.num_pages - 1}, got {page}")

@@ -159,6 +159,16 @@ class Generator:
         self.turns.warm_up()
         self.runner.warm_up(self.scheduler.max_step_tokens)
 
+    def defragment(self) -> int:
+        """Move what stands in the page pool to its beginning, and return how many pages moved.
+
+        Texts stay as they are, and so does speed: attention finds pages wherever they are. It is for whoever reads the
+        pool from outside.
+        """
+        moves = self.scheduler.defragment()
+        self.cache.move_pages(moves)
+        return len(moves)
+
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Job:
         """Queue a request; `step` runs it and returns its events.
 

@@ -137,6 +137,28 @@ class PageTable:
             del self._idle[page]
             self._empty.append(page)
 
+    def defragment(self) -> dict[int, int]:
+        """Give the lowest numbers to the pages in which something stands, in use or idle.
+
+        Returns:
+            Old number to new one of each page that moves, for those who keep numbers and those who keep contents; the
+            new ones were empty, so moves may be made in any order.
+        """
+        num_full = self.num_pages - len(self._empty)
+        targets = sorted(page for page in self._empty if page < num_full)
+        empty = set(self._empty)
+        sources = [page for page in range(num_full, self.num_pages) if page not in empty]
+        moves = dict(zip(sources, targets, strict=True))
+        for source, target in moves.items():
+            self._references[target], self._references[source] = self._references[source], 0
+            key = self._keys.pop(source, None)
+            if key is not None:
+                self._keys[target] = key
+                self._pages[key] = target
+        self._idle = {moves.get(page, page): None for page in self._idle}
+        self._empty = list(range(self.num_pages - 1, num_full - 1, -1))
+        return moves
+
     def _check(self, page: int) -> None:
         """Refuse numbers that are not pages; a negative one would otherwise count from the end."""
         if not 0 <= page < self.num_pages:

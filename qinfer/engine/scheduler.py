@@ -144,6 +144,15 @@ class Scheduler:
         if is_freed or sequence.num_computed < sequence.num_published * self.pages.page_size:
             self._preempt(sequence)
 
+    def defragment(self) -> dict[int, int]:
+        """Give the lowest numbers to the pages that hold something; return old to new numbers of what has to move."""
+        moves = self.pages.defragment()
+        for sequence in self.running:
+            if not moves.keys().isdisjoint(sequence.pages):
+                sequence.pages = [moves.get(page, page) for page in sequence.pages]
+                sequence.allocation += 1
+        return moves
+
     def _admit(self) -> None:
         """Move sequences from the queue while there is room; one that does not fit holds back those behind it."""
         while self.waiting and len(self.running) < self.max_batch:

@@ -244,11 +244,6 @@ def _build_attention(
     q_spans = cutter.spans("q_heads", q_size, unit=head_dim)
     kv_spans = cutter.spans("kv_heads", kv_size, unit=head_dim)
 
-    def head_norm(name: str) -> HeadNorm | None:
-        if not config.qk_norm:
-            return None
-        return HeadNorm(cutter.parameters.tensor(f"{name}.weight", (head_dim,)), config.norm_eps)
-
     qkv = _merge(
         [
             cutter.columns(name, (hidden, width), spans, has_bias=config.qkv_bias)
@@ -260,7 +255,12 @@ def _build_attention(
         ]
     )
     out = cutter.output(names.o_proj, (q_size, hidden), q_spans, has_bias=config.o_bias)
-    q_norm, k_norm = head_norm(names.q_norm), head_norm(names.k_norm)
+    norm = None
+    if config.qk_norm:
+        tensor, shape = cutter.parameters.tensor, (head_dim,)
+        norm = HeadNorm(
+            tensor(f"{names.q_norm}.weight", shape), tensor(f"{names.k_norm}.weight", shape), config.norm_eps
+        )
     if qkv is None:
         return Idle(out), None
     attention = Attention(
@@ -271,8 +271,7 @@ def _build_attention(
         qkv=qkv,
         out=out,
         rope=rope,
-        q_norm=q_norm,
-        k_norm=k_norm,
+        norm=norm,
     )
     return attention, qkv.order
 

@@ -190,14 +190,11 @@ class RMSNorm:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """Root-mean-square norm of every head by itself."""
+    """Root-mean-square norm of every query head, and of every key head, by itself; the write of keys computes it."""
 
-    weight: Tensor  # [D]
+    q_weight: Tensor  # [D]
+    k_weight: Tensor  # [D]
     eps: float
-
-    def __call__(self, heads: Tensor) -> Tensor:
-        """Return the normalized [T, H, D] heads, contiguous, in their own dtype; the input may be strided."""
-        return rmsnorm(heads, self.weight, eps=self.eps)
 
 
 @dataclass(frozen=True)
@@ -234,8 +231,7 @@ class Attention:
     qkv: MergedLinear
     out: Output
     rope: RopeTable
-    q_norm: HeadNorm | None = None
-    k_norm: HeadNorm | None = None
+    norm: HeadNorm | None = None
 
     def __call__(self, x: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Write keys and values of the new tokens, then attend.
@@ -249,10 +245,21 @@ class Attention:
             [S, T, C], whose sum over S is the result.
         """
         q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv.split(self.qkv(x)))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
-        pages, rope = cache.pages(self.layer), self.rope
-        rope_write(q, k, v, rope.cos, rope.sin, batch.positions, *pages, batch.slots, interleaved=rope.interleaved)
+        pages, rope, norm = cache.pages(self.layer), self.rope, self.norm
+        rope_write(
+            q,
+            k,
+            v,
+            rope.cos,
+            rope.sin,
+            batch.positions,
+            *pages,
+            batch.slots,
+            interleaved=rope.interleaved,
+            q_weight=None if norm is None else norm.q_weight,
+            k_weight=None if norm is None else norm.k_weight,
+            eps=0.0 if norm is None else norm.eps,
+        )
         mixed = paged_attention(
             q,
             *pages,
@@ -273,7 +280,8 @@ class Attention:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the other parameters."""
-        yield from (norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None)
+        if self.norm is not None:
+            yield from (self.norm.q_weight, self.norm.k_weight)
 
 
 @dataclass(frozen=True)

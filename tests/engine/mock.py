@@ -81,6 +81,11 @@ class MockCache:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.slots = torch.full((num_pages, page_size), EMPTY)
 
+    def move_pages(self, moves: dict[int, int]) -> None:
+        for source, target in moves.items():
+            self.slots[target] = self.slots[source]
+            self.slots[source] = EMPTY
+
 
 class MockModel:
     """The part of a model that the generator uses."""

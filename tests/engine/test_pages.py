@@ -109,6 +109,24 @@ def test_forgotten_page_is_empty() -> None:
     assert sorted(table.allocate(2)) == [0, 1]
 
 
+def test_defragmentation_moves_what_stands_high_and_keeps_what_is_known() -> None:
+    table = PageTable(6, 4)
+    pages = table.allocate(5)
+    table.publish(4, b"used")
+    table.publish(3, b"idle")
+    table.share(4)
+    table.free([0, 2, 3])
+    assert table.defragment() == {3: 0, 4: 2}
+    assert [table.references(page) for page in range(6)] == [0, 1, 2, 0, 0, 0]
+    assert (table.find(b"used"), table.find(b"idle"), table.num_idle, table.num_free) == (2, 0, 1, 4)
+    assert table.defragment() == {}
+    # Idle pages go last, as before.
+    assert [table.allocate(3), table.allocate(1)] == [[3, 4, 5], [0]]
+    assert table.find(b"idle") is None
+    table.free([2, 2, 1])
+    assert sorted(pages) == [0, 1, 2, 3, 4]
+
+
 class PageMachine(RuleBasedStateMachine):
     """Owners take, share and return pages; the table must agree with a plain list of who holds what."""
 
@@ -142,6 +160,14 @@ class PageMachine(RuleBasedStateMachine):
         if self.owners:
             owner = self.owners.pop(data.draw(st.integers(0, len(self.owners) - 1)))
             self.table.free(owner)
+
+    @rule()
+    def defragment(self) -> None:
+        moves = self.table.defragment()
+        held = {page for owner in self.owners for page in owner}
+        assert moves.keys() <= held
+        assert held.isdisjoint(moves.values())
+        self.owners = [[moves.get(page, page) for page in owner] for owner in self.owners]
 
     @invariant()
     def counts_agree(self) -> None:

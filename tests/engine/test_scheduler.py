@@ -227,6 +227,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.world.step()
 
+    @rule()
+    def defragment(self) -> None:
+        self.world.defragment()
+
     @invariant()
     def pages_have_owners(self) -> None:
         self.world.pages_belong_to_the_running()

@@ -132,6 +132,25 @@ def test_generator_holds_a_window_of_pages(options: dict[str, int]) -> None:
         generator(MockModel(memory=6), max_tokens=12).submit([3] * 20, params)
 
 
+def test_defragmentation_changes_no_token() -> None:
+    params = SamplingParams(max_new_tokens=20, temperature=0.5, seed=4)
+    prompts = [[3, 5] * 9, [7] * 5, [3, 5] * 9 + [1], [8] * 30]
+    gen = generator(MockModel(memory=9), prefix_cache=False)
+    jobs = [gen.submit(prompt, params) for prompt in prompts]
+    num_moved = 0
+    while gen.scheduler.has_work:
+        gen.step()
+        if len(jobs[1].sequence.generated) == 8:
+            jobs[1].cancel()
+        num_moved += gen.defragment()
+    drain(gen)
+    assert num_moved > 4
+    for job, prompt in zip(jobs, prompts, strict=True):
+        whole = expected(prompt, params, memory=9)
+        assert list(job.completion.token_ids) == whole[: len(job.completion.token_ids)]
+        assert len(job.completion.token_ids) == 20 or job is jobs[1]
+
+
 def test_banned_strings_reach_back_behind_the_window() -> None:
     def tokens(memory_is_told: bool) -> tuple[int, ...]:
         model = MockModel(tokenizer=TOKENIZER, memory=2)

@@ -121,6 +121,12 @@ class World:
         token = token_after(known[: one.num_computed]) + 3 * (tuple(known[: one.num_computed]) in self.turned)
         return one, token if complete else None
 
+    def defragment(self) -> None:
+        for source, target in self.scheduler.defragment().items():
+            self.memory[target], self.memory[source] = self.memory[source], [-1] * self.pages.page_size
+        full = self.pages.num_used + self.pages.num_idle
+        assert all(page < full for one in self.scheduler.running for page in one.held_pages)
+
     def pages_belong_to_the_running(self) -> None:
         held = [page for one in self.scheduler.running for page in one.held_pages]
         assert min(held, default=0) >= 0
@@ -145,6 +151,8 @@ def random_events(world: World, random: Random, count: int) -> None:
         if choice < 0.12 and len(world.live) < 12:
             prompt = [0] * random.randrange(0, 12) + [random.randrange(3) for _ in range(random.randrange(1, 9))]
             world.submit(prompt, random.randrange(1, 13), random.choice((0, 0, 0, 1)))
+        elif choice < 0.13:
+            world.defragment()
         elif choice < 0.15 and world.live:
             world.end(random.choice(world.live), random.choice(("cancelled", "error")))
         else:
