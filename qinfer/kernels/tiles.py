@@ -8,6 +8,8 @@ slower.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,6 +69,21 @@ def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, .
     """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits."""
     row = _table(arch).get(("matmul", widths[0], bucket(m), n, k)) if len(widths) == 1 else None
     return row or rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
+
+
+@contextmanager
+def trial(arch: str, tiles: Mapping[tuple[int, int, int, int], Tile]) -> Iterator[None]:
+    """Put tiles in front of the table while they are tried: for bits, the largest M of a bucket, N and K."""
+    table = _table(arch)
+    kept = dict(table)
+    table.update({("matmul", *key): tile for key, tile in tiles.items()})
+    lookup.cache_clear()
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(kept)
+        lookup.cache_clear()
 
 
 def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
