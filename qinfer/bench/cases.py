@@ -142,7 +142,8 @@ def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
     name, window, order = f"{s.name} {step.name} {half}{variant.name}", variant.window, variant.order
     d, width, batch = HALVES[half], -(-step.context // PAGE_SIZE), len(step.queries)
     compiled = step.compiled and (half == "fp16") == (s is LLAMA) and (window is None or s is LLAMA)
-    compiled = compiled and (not order or step is STEPS[0])
+    compiled = compiled and (not order or step is STEPS[0]) and (variant.softcap is None or s is LLAMA)
+    compiled = compiled and (variant.softcap is None or step is STEPS[0])
     # One pair of codecs has one of each kind; the others differ little from it outside of decode.
     if variant.codecs is not None:
         compiled = compiled and s is LLAMA and (step is STEPS[0] or variant.codecs == ("q8", "q4"))
@@ -156,7 +157,8 @@ def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
         q = m.normal(starts[-1], s.heads, s.head_dim, dtype=d)
         k_pages, v_pages = m.pages(s, width * batch, keys), m.pages(s, width * batch, values)
         tables = (table.view(batch, width), m.steps(starts), m.steps([step.context] * batch))
-        keywords = {"max_query_len": max(step.queries), "scale": s.head_dim**-0.5, "window": window}
+        keywords = {"max_query_len": max(step.queries), "scale": s.head_dim**-0.5}
+        keywords |= {"window": window, "softcap": variant.softcap}
         return (q, k_pages, v_pages, *tables), {**keywords, "order": m.permutation(q[0].numel(), wanted=order)}
 
 

@@ -6,14 +6,15 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qinfer.bench.engines import ENGINES, check_engines, measure_engine
 from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
 from qinfer.bench.report import emit
-from qinfer.bench.synthetic import PRESETS, WEIGHTS, synthetic_model, synthetic_sizes
+from qinfer.bench.synthetic import add_source, describe_source, synthetic_model, synthetic_sizes
 from qinfer.cache.formats import nbytes_per_token
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Job
@@ -33,10 +34,9 @@ if TYPE_CHECKING:
 def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the command line of this benchmark."""
     parser = programs.add_parser("model", help="decode and prefill speed of a whole model")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="folder of a checkpoint")
-    source.add_argument("--preset", choices=PRESETS, help="shapes of a known model, with random weights")
-    parser.add_argument("--weights", choices=WEIGHTS, default="gptq-4bit-g128", help="of a preset")
+    add_source(parser)
+    told = "beside or instead of qinfer, may be repeated: " + ", ".join(ENGINES)
+    parser.add_argument("--engine", choices=("qinfer", *ENGINES), action="append", metavar="NAME", help=told)
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded at a time; default: 1")
     parser.add_argument("--context", type=int, default=512, help="tokens in front of the first new one; default: 512")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence; default: 128")
@@ -50,41 +50,54 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print and write."""
+    """Measure one engine after the other, print and write."""
+    engines = list(dict.fromkeys(options.engine or ["qinfer"]))
+    if engines != ["qinfer"]:
+        check_engines(engines, options)
     group = join() if options.tp else None
     device = torch.device(options.device) if options.device else default_device()
     device = device if group is None else group.device
-    model = _load(options, device, group)
     bandwidth = read_bandwidth(device)
-    steps = _decode(model, options)
-    bytes_per_step = _bytes_per_step(model, options)
-    prefill = _prefill(model, min(options.prefill, model.config.max_positions))
-    result = {
-        "bench": "model",
-        "model": options.model or options.preset,
-        "weights": "checkpoint" if options.model else options.weights,
-        "ranks": 1 if group is None else group.size,
-        "plan": None if model.plan is None else str(model.plan).splitlines(),
-        "kv_format": options.kv_format,
-        "batch": options.batch,
-        "context": options.context,
-        "new_tokens": options.new_tokens,
-        "tokens_per_second": options.batch / steps.median * 1e3,
-        "ms_per_step": steps.asdict(),
-        "bytes_per_step": bytes_per_step,
-        "read_bandwidth_gb_s": bandwidth,
-        "fraction_of_roof": bytes_per_step / (bandwidth * 1e9) / (steps.median / 1e3),
-        "prefill_tokens": min(options.prefill, model.config.max_positions),
-        "prefill_tokens_per_second": min(options.prefill, model.config.max_positions) / prefill.median * 1e3,
-        "prefill_ms": prefill.asdict(),
-        **environment(device),
-    }
-    # Every rank has run the same steps, and rank 0 tells of its own share.
-    if group is None or group.rank == 0:
-        emit(result, options.json)
+    for engine in engines:
+        # A function's locals hold the model, so the next engine finds the device empty.
+        measured = _measure(options, device, group) if engine == "qinfer" else measure_engine(engine, options, device)
+        steps, prefill, moved = measured["ms_per_step"], measured["prefill_ms"], measured["bytes_per_step"]
+        result = {
+            "bench": "model",
+            "engine": engine,
+            **describe_source(options),
+            "ranks": 1 if group is None else group.size,
+            "kv_format": options.kv_format,
+            "batch": options.batch,
+            "context": options.context,
+            "new_tokens": options.new_tokens,
+            "tokens_per_second": options.batch / steps["median"] * 1e3,
+            "read_bandwidth_gb_s": bandwidth,
+            "fraction_of_roof": None if moved is None else moved / bandwidth / steps["median"] / 1e6,
+            "prefill_tokens_per_second": measured["prefill_tokens"] / prefill["median"] * 1e3,
+            **measured,
+            **environment(device),
+        }
+        # Every rank has run the same steps, and rank 0 tells of its own share.
+        if group is None or group.rank == 0:
+            emit(result, options.json)
     if group is not None:
         group.finish()
     return 0
+
+
+def _measure(options: argparse.Namespace, device: torch.device, group: Group | None) -> dict[str, Any]:
+    """Run qinfer, and return the fields that another engine measures too."""
+    model = _load(options, device, group)
+    prefill_tokens = min(options.prefill, model.config.max_positions)
+    return {
+        "plan": None if model.plan is None else str(model.plan).splitlines(),
+        "ms_per_step": _decode(model, options).asdict(),
+        "bytes_per_step": _bytes_per_step(model, options),
+        "flops_per_step": _flops_per_step(model, options),
+        "prefill_tokens": prefill_tokens,
+        "prefill_ms": _prefill(model, prefill_tokens).asdict(),
+    }
 
 
 def _load(options: argparse.Namespace, device: torch.device, group: Group | None) -> Model:
@@ -93,9 +106,10 @@ def _load(options: argparse.Namespace, device: torch.device, group: Group | None
     if options.model:
         return Model.load(options.model, device=device, gpus=options.gpus, cache_tokens=room, parallel=group)
     if group is None:
-        return synthetic_model(options.preset, options.weights, device)
-    plan = place(synthetic_sizes(options.preset, options.weights), options.gpus, group, room)
-    return synthetic_model(options.preset, options.weights, device, plan=plan, comm=group)
+        return synthetic_model(options.preset, options.weights, device, head=options.head)
+    sizes = synthetic_sizes(options.preset, options.weights, options.head)
+    plan = place(sizes, options.gpus, group, room)
+    return synthetic_model(options.preset, options.weights, device, head=options.head, plan=plan, comm=group)
 
 
 def _decode(model: Model, options: argparse.Namespace) -> Times:
@@ -146,6 +160,16 @@ def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     per_sequence: int = table.shape[1] * table.itemsize + middle * per_token
     batch: int = options.batch
     return weights + sum(norm.nbytes for norm in norms) + batch * per_sequence
+
+
+def _flops_per_step(model: Model, options: argparse.Namespace) -> int:
+    """Count the multiplications and additions of a decode step: all matrices, and attention in the middle."""
+    config = model.config
+    products: int = sum(linear.operand.in_features * linear.operand.out_features for linear in model.decoder.linears())
+    middle: int = options.context + options.new_tokens // 2
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * middle
+    batch: int = options.batch
+    return 2 * batch * (products + attention)
 
 
 def _prefill(model: Model, tokens: int) -> Times:

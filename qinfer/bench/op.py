@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qinfer.bench import load, matmul, sample
+from qinfer.bench import attention, load, matmul, sample
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -16,5 +16,6 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = programs.add_parser("op", help="speed of one op")
     ops = parser.add_subparsers(dest="op", required=True, metavar="OP")
     matmul.add_parser(ops)
+    attention.add_parser(ops)
     load.add_parser(ops)
     sample.add_parser(ops)

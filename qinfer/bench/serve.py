@@ -14,7 +14,7 @@ import torch
 
 from qinfer.bench.measure import Times, environment
 from qinfer.bench.report import emit
-from qinfer.bench.synthetic import PRESETS, WEIGHTS, synthetic_model
+from qinfer.bench.synthetic import add_source, describe_source, synthetic_model
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Event, Job
 from qinfer.engine.sampling import SamplingParams
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the command line of this benchmark."""
     parser = programs.add_parser("serve", help="latency and throughput of many requests at once")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="folder of a checkpoint")
-    source.add_argument("--preset", choices=PRESETS, help="shapes of a known model, with random weights")
-    parser.add_argument("--weights", choices=WEIGHTS, default="gptq-4bit-g128", help="of a preset")
+    add_source(parser)
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--clients", type=int, default=16, help="clients that each ask again when answered; default: 16")
     load.add_argument("--rate", type=float, help="requests per second, at random times, instead of clients")
@@ -94,9 +91,9 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print and write."""
     device = torch.device(options.device) if options.device else default_device()
     if options.model:
-        model, weights = Model.load(options.model, device=device), "checkpoint"
+        model = Model.load(options.model, device=device)
     else:
-        model, weights = synthetic_model(options.preset, options.weights, device), options.weights
+        model = synthetic_model(options.preset, options.weights, device, head=options.head)
     plan = _plan(options, model.config.vocab_size)
     longest = max(len(request.prompt) + request.new_tokens for request in plan)
     generator = Generator(
@@ -115,8 +112,7 @@ def run(options: argparse.Namespace) -> int:
     traces, steps, wall_s = serve(generator, plan, clients=clients, temperature=options.temperature)
     result = {
         "bench": "serve",
-        "model": options.model or options.preset,
-        "weights": weights,
+        **describe_source(options),
         "kv_format": options.kv_format,
         "clients": clients,
         "rate": options.rate,

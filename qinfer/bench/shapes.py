@@ -88,15 +88,17 @@ class Variant:
     window: int | None = None
     order: bool = False
     codecs: tuple[str, str] | None = None  # None: the pages have the element type of the queries
+    softcap: float | None = None
 
     @property
     def name(self) -> str:
         """What the names of cases end in."""
         window, order = f" window={self.window}" if self.window else "", " order" if self.order else ""
-        return f"{window}{order}{'' if self.codecs is None else ' k' + self.codecs[0] + ' v' + self.codecs[1]}"
+        cap = f" softcap={self.softcap:g}" if self.softcap else ""
+        return f"{window}{order}{cap}{'' if self.codecs is None else ' k' + self.codecs[0] + ' v' + self.codecs[1]}"
 
 
-VARIANTS = (Variant(), Variant(order=True), Variant(window=512))
+VARIANTS = (Variant(), Variant(order=True), Variant(window=512), Variant(softcap=50.0))
 CODED = tuple(Variant(codecs=pair) for pair in (("fp8", "fp8"), ("q8", "q8"), ("q8", "q4"), ("q6", "q6"), ("q4", "q4")))
 
 

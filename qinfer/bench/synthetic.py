@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 import torch
 from torch import Tensor
 
+from qinfer.bench.recipes import WEIGHTS, Recipe
 from qinfer.errors import UnsupportedError
-from qinfer.kernels.operand import FIELDS, SLICE_K, DenseOperand, PlaneOperand, SegmentedOperand, tile_k
+from qinfer.kernels.operand import DenseOperand
+from qinfer.models.architectures import name_map
 from qinfer.models.config import ModelConfig, RopeConfig
 from qinfer.models.decoder import Decoder
 from qinfer.models.layers import Linear
@@ -61,18 +63,37 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+def shapes(presets: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the (N, K) of all merged matrices of some presets, without repetition."""
+    found = []
+    for name in presets:
+        config = PRESETS[name]
+        attention = config.num_heads * config.head_dim
+        found += [
+            (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
+            (config.hidden_size, attention),
+            (2 * config.mlp_size, config.hidden_size),
+            (config.hidden_size, config.mlp_size),
+            (config.vocab_size, config.hidden_size),
+        ]
+    return list(dict.fromkeys(found))
+
+
 @dataclass(frozen=True)
 class SyntheticParameters:
-    """Random parameters whose activations keep about unit size, as those of a trained model do."""
+    """Random parameters, made on the device, whose activations keep about unit size, as a trained model's do."""
 
     device: torch.device
     dtype: torch.dtype
-    matrix: Callable[[SyntheticParameters, int, int], DenseOperand | PlaneOperand]
+    body: Recipe
+    head: Recipe
+    head_name: str
 
     def linear(self, name: str, shape: tuple[int, int], *, has_bias: bool) -> Linear:
         """Make a random matrix (K, N)."""
         bias = torch.zeros(shape[1], dtype=self.dtype, device=self.device) if has_bias else None
-        return Linear(self.matrix(self, *shape), bias)
+        make = (self.head if name == self.head_name else self.body).make
+        return Linear(self.dense(*shape) if make is None else make(*shape, self.device), bias)
 
     def part(self, name: str, shape: tuple[int, int], dim: Dim, span: Span, *, has_bias: bool) -> Linear:
         """Make a random part of a matrix (K, N)."""
@@ -100,53 +121,39 @@ class SyntheticParameters:
         """Make a matrix in the dtype of the activations."""
         return DenseOperand(torch.randn(n, k, dtype=self.dtype, device=self.device) * k**-0.5)
 
-    def gptq_4bit_g128(self, k: int, n: int) -> PlaneOperand:
-        """Make a symmetric 4-bit matrix with fp16 scales per 128 inputs."""
-        return random_planes(k, n, self.device, bits=4, group_size=128)
+
+LIKE_THE_REST = "like the rest"
 
 
-def random_planes(
-    k: int, n: int, device: torch.device, *, bits: int, group_size: int, symmetric: bool = True
-) -> PlaneOperand:
-    """Make an integer matrix [K, N] of random codes whose product with unit activations has unit size."""
-    planes = tuple(
-        torch.randint(-(2**15), 2**15, (ceil(k / tile_k(width)), n, SLICE_K), dtype=torch.int16, device=device)
-        for width in FIELDS[bits]
-    )
-    groups = ceil(k / group_size)
-    # Uniform codes of b bits have a standard deviation of 2^b / sqrt(12).
-    scales = (torch.rand(groups, n, device=device) * 0.5 + 0.75) * (12 / k) ** 0.5 / 2**bits
-    offsets = None if symmetric else torch.randint(-2, 3, (groups, n), dtype=torch.int8, device=device)
-    return PlaneOperand(planes, scales.half(), offsets, bits=bits, group_size=group_size, in_features=k)
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model is measured."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="folder of a checkpoint")
+    source.add_argument("--preset", choices=PRESETS, help="shapes of a known model, with random weights")
+    told = f"of a preset: {', '.join(WEIGHTS)}; default: gptq-4bit-g128"
+    parser.add_argument("--weights", choices=WEIGHTS, default="gptq-4bit-g128", metavar="KIND", help=told)
+    told = f"of a preset's head, one of the same kinds, e.g. int6-g128; default: {LIKE_THE_REST}"
+    parser.add_argument("--head", choices=WEIGHTS, metavar="KIND", help=told)
 
 
-def random_segments(
-    k: int, n: int, device: torch.device, *, shares: dict[int, float], group_size: int
-) -> SegmentedOperand:
-    """Make an EXL2-like matrix: bits -> share of the rows, in whole groups; the last one takes the rest."""
-    segments: list[PlaneOperand] = []
-    left = k
-    for bits, share in shares.items():
-        is_last = len(segments) + 1 == len(shares)
-        rows = left if is_last else round(k * share / group_size) * group_size
-        segments.append(random_planes(rows, n, device, bits=bits, group_size=group_size))
-        left -= rows
-    return SegmentedOperand(tuple(segments))
+def describe_source(options: argparse.Namespace) -> dict[str, str]:
+    """Return the fields of a result that say which model was measured."""
+    if options.model:
+        return {"model": options.model, "weights": "checkpoint", "head": LIKE_THE_REST}
+    return {"model": options.preset, "weights": options.weights, "head": options.head or LIKE_THE_REST}
 
 
-WEIGHTS: dict[str, tuple[torch.dtype, Callable[[SyntheticParameters, int, int], DenseOperand | PlaneOperand]]] = {
-    "gptq-4bit-g128": (torch.float16, SyntheticParameters.gptq_4bit_g128),
-    "fp16": (torch.float16, SyntheticParameters.dense),
-    "bf16": (torch.bfloat16, SyntheticParameters.dense),
-}
+def preset_config(preset: str, *, has_own_head: bool) -> ModelConfig:
+    """Return the config of a preset; a head that is stored by itself is not tied to the embedding."""
+    config = PRESETS[preset]
+    return replace(config, tied_embeddings=False) if has_own_head else config
 
 
-def synthetic_sizes(preset: str, weights: str) -> Sizes:
+def synthetic_sizes(preset: str, weights: str, head: str | None = None) -> Sizes:
     """Return the sizes of a preset with weights of a kind, from which a plan is made."""
-    config, (dtype, matrix) = PRESETS[preset], WEIGHTS[weights]
-    is_packed = matrix is SyntheticParameters.gptq_4bit_g128
-    width = 0.5 + dtype.itemsize / 128 if is_packed else dtype.itemsize
-    hidden, layers = config.hidden_size, config.num_layers
+    config, recipe = preset_config(preset, has_own_head=head is not None), WEIGHTS[weights]
+    width, head_width = recipe.bits / 8, WEIGHTS[head or weights].bits / 8
+    itemsize, hidden, layers = recipe.dtype.itemsize, config.hidden_size, config.num_layers
     attention = 2 * layers * hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
     table = config.vocab_size * hidden
     return Sizes(
@@ -159,20 +166,29 @@ def synthetic_sizes(preset: str, weights: str) -> Sizes:
         vocab_size=config.vocab_size,
         attention_bytes=int(attention * width),
         mlp_bytes=int(3 * layers * hidden * config.mlp_size * width),
-        vocab_bytes=table * dtype.itemsize + (0 if config.tied_embeddings else int(table * width)),
-        norm_bytes=(2 * layers + 1) * hidden * dtype.itemsize,
+        vocab_bytes=table * itemsize + (0 if config.tied_embeddings else int(table * head_width)),
+        norm_bytes=(2 * layers + 1) * hidden * itemsize,
     )
 
 
 def synthetic_model(
-    preset: str, weights: str, device: torch.device, *, plan: Plan | None = None, comm: Communicator | None = None
+    preset: str,
+    weights: str,
+    device: torch.device,
+    *,
+    head: str | None = None,
+    num_layers: int | None = None,
+    plan: Plan | None = None,
+    comm: Communicator | None = None,
 ) -> Model:
     """Make a model of a preset's shapes with random weights, or a rank's share of one.
 
     Args:
         preset: a name in PRESETS.
-        weights: a name in WEIGHTS; the head is quantized like the rest, the embedding is not.
-        device: where the model is made.
+        weights: a name in WEIGHTS; the embedding is never quantized.
+        device: where the model is made; nothing passes through the host's memory.
+        head: a name in WEIGHTS; None: like the rest.
+        num_layers: the first so many layers; None: all.
         plan: what each rank holds; None: this process holds everything.
         comm: the ranks.
 
@@ -181,12 +197,15 @@ def synthetic_model(
     """
     if preset not in PRESETS:
         raise UnsupportedError(f"there is no preset {preset!r}; these work: {', '.join(PRESETS)}")
-    if weights not in WEIGHTS:
-        raise UnsupportedError(f"there are no synthetic weights {weights!r}; these work: {', '.join(WEIGHTS)}")
-    config, (dtype, matrix) = PRESETS[preset], WEIGHTS[weights]
-    dtype = dtype if device.type == "cuda" else torch.float32
+    for kind in (weights, head or weights):
+        if kind not in WEIGHTS:
+            raise UnsupportedError(f"there are no synthetic weights {kind!r}; these work: {', '.join(WEIGHTS)}")
+    config, body = preset_config(preset, has_own_head=head is not None), WEIGHTS[weights]
+    if num_layers is not None:
+        config = replace(config, num_layers=num_layers, windows=config.windows[:num_layers])
+    dtype = body.dtype if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    parameters = SyntheticParameters(device, dtype, matrix)
+    parameters = SyntheticParameters(device, dtype, body, WEIGHTS[head or weights], name_map(config).head)
     comm = comm or Alone()
     decoder = Decoder.build(config, parameters, device=device, dtype=dtype, comm=comm, plan=plan)
     return Model(config, decoder, device=device, dtype=dtype, plan=plan)

@@ -1,136 +1,169 @@
-"""`python -m qinfer.bench tune`: measure tiles of the plane matmul on this GPU and write its table.
+"""`python -m qinfer.bench tune`: find tiles of the plane matmul inside the decode step, and write this GPU's table.
 
-Every candidate is checked against the reference before it is timed; one that fails, or needs more shared memory or
-registers than there are, gets no row. The table is reviewed as a diff: rows that nobody can explain are not merged.
+The step is that of a few layers of a preset with its head, recorded as a CUDA graph. A tile counts if its product is
+right by itself and the step is faster with it by more than the noise. The table is reviewed as a diff: rows that nobody
+can explain are not merged.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from qinfer.bench.measure import time_graph
-from qinfer.bench.synthetic import PRESETS, SyntheticParameters
+from qinfer.bench.measure import environment, time_graph
+from qinfer.bench.recipes import PACKED
+from qinfer.bench.search import Change, candidates, search
+from qinfer.bench.synthetic import PRESETS, synthetic_model
+from qinfer.cache.paged import PagedKVCache
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import arch, default_device, num_sms
-from qinfer.kernels.matmul import matmul
+from qinfer.kernels.matmul import FUSED_ROWS, matmul
 from qinfer.kernels.operand import PlaneOperand
-from qinfer.kernels.tiles import TABLES, Tile, rule
+from qinfer.kernels.tiles import TABLES, Product, Tile, bucket, trial
+from qinfer.models.batch import Batch, Piece, Room
+from qinfer.models.model import Model
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-ROTATE_BYTES = 200_000_000  # several times the largest cache, so that weights come from memory
-MIN_GAIN = 1.02  # a row must beat the written rule by this much, or the table stays without it
+PAGE_SIZE = 256
+TOLERANCE = 2e-3  # relative RMS of a product against its reference
+FAILURES = (OutOfResources, PTXASError, CompilationError)  # too much shared memory or too many registers
 
 
 def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the command line of this benchmark."""
-    parser = programs.add_parser("tune", help="measure matmul tiles on this GPU and write its tile table")
-    parser.add_argument("--preset", choices=PRESETS, action="append", help="whose matrices; may be repeated")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="values of M")
-    parser.add_argument("--out", metavar="FILE", help="default: the table in the package")
+    parser = programs.add_parser("tune", help="find matmul tiles inside the decode step and write this GPU's table")
+    parser.add_argument("--preset", choices=PRESETS, action="append", help="may be repeated; default: llama-3.1-8b")
+    told = f"integer weights: {', '.join(name for name in PACKED if name.startswith('int'))}; default: int4-g128"
+    parser.add_argument("--weights", choices=PACKED, default="int4-g128", metavar="KIND", help=told)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="batch sizes; 64 at most")
+    parser.add_argument("--layers", type=int, default=4, help="of the step that is timed; default: 4")
+    parser.add_argument("--context", type=int, default=512, help="tokens of every sequence; default: 512")
+    parser.add_argument("--seconds", type=float, default=120, help="for each preset and batch size; default: 120")
+    parser.add_argument("--out", metavar="FILE", help="default: the table in the package; rows of others are kept")
     parser.set_defaults(run=run)
 
 
-def shapes(presets: list[str]) -> list[tuple[int, int]]:
-    """Return the (N, K) of all merged matrices of some presets, without repetition."""
-    found = []
-    for name in presets:
-        config = PRESETS[name]
-        attention = config.num_heads * config.head_dim
-        found += [
-            (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
-            (config.hidden_size, attention),
-            (2 * config.mlp_size, config.hidden_size),
-            (config.hidden_size, config.mlp_size),
-            (config.vocab_size, config.hidden_size),
-        ]
-    return list(dict.fromkeys(found))
-
-
-def candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
-    """Yield tiles worth timing for a shape."""
-    block_m = max(16, min(64, 1 << (m - 1).bit_length()))
-    for block_n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 5, 6)):
-        if warps == 8 and block_n == 64:
-            continue
-        for split_k in (1, 2, 3, 4, 6, 8, 12, 16):
-            programs = ceil(n / block_n) * split_k
-            if split_k == 1 or (ceil(k / 128) // split_k >= 2 and programs <= 16 * sms):
-                yield Tile(block_m, block_n, split_k, warps, stages)
-
-
 def run(options: argparse.Namespace) -> int:
-    """Time all candidates of all shapes and write the best of each."""
+    """Tune every preset at every batch size, and write after each."""
+    if not all(1 <= m <= FUSED_ROWS for m in options.rows) or options.layers < 1:
+        raise ValueError(f"--rows must be from 1 to {FUSED_ROWS} and --layers at least 1")
+    if not options.weights.startswith("int"):
+        raise UnsupportedError(f"tables have rows for one width: --weights {options.weights} mixes several")
     device = default_device()
     if device.type != "cuda":
         raise UnsupportedError("tiles are tuned on the GPU that they are for, and torch finds none here")
     path = Path(options.out) if options.out else TABLES / f"{arch(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for n, k in shapes(options.preset or ["llama-3.1-8b", "llama-3.3-70b"]):
-        make = SyntheticParameters(device, torch.float16, SyntheticParameters.gptq_4bit_g128).gptq_4bit_g128
-        first = make(k, n)
-        operands = [first, *(make(k, n) for _ in range(ceil(ROTATE_BYTES / first.nbytes) - 1))]
-        for m in options.rows:
-            rows += _tune_shape(operands, torch.randn(m, k, dtype=torch.float16, device=device), device)
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(
-        f'{{"gpu": {json.dumps(torch.cuda.get_device_name(device))}, "date": "{time.strftime("%Y-%m-%d")}",\n'
-        f' "command": "python -m qinfer.bench tune",\n "rows": [\n{lines}\n]}}\n'
-    )
+    setting = environment(device)
+    for preset in options.preset or ["llama-3.1-8b"]:
+        model = synthetic_model(preset, options.weights, device, num_layers=options.layers)
+        for m in dict.fromkeys(bucket(m) for m in options.rows):
+            step = Step(model, m, options.context)
+            stop = time.monotonic() + options.seconds
+            found = search(step.keys, step.choices, step.clock, is_over=partial(_is_past, stop))
+            for key, change in found.items():
+                gain = change.before / change.after
+                print(f"{preset} bits={key.bits} M={m} N={key.n} K={key.k}: step × {gain:.3f} with {change.tile}")
+            about = {"preset": preset, "layers": options.layers, "context": options.context}
+            write(path, [_row(key, change, {**about, **setting}) for key, change in found.items()])
     return 0
 
 
-def _tune_shape(operands: list[PlaneOperand], x: Tensor, device: torch.device) -> list[dict[str, Any]]:
-    """Return the row of one shape, or nothing where the rule is as good as the best candidate."""
-    m, n, k = x.shape[0], operands[0].out_features, operands[0].in_features
-    expected = matmul.reference(x, operands[0])
-    bits = operands[0].bits
-    written = rule(num_sms(device), m, n, k, (bits,))
-    timed = {
-        tile: _time(operands, x, expected, tile, device)
-        for tile in dict.fromkeys([written, *candidates(m, n, k, num_sms(device))])
-    }
-    best = min(timed, key=lambda tile: timed[tile])
-    gigabytes = operands[0].nbytes / 1e6
-    print(
-        f"M={m:<3} N={n:<6} K={k:<6} rule {timed[written] * 1e3:7.1f} µs  best {timed[best] * 1e3:7.1f} µs "
-        f"{gigabytes / timed[best]:6.0f} GB/s  {best}",
-        flush=True,
-    )
-    if timed[written] < timed[best] * MIN_GAIN:
-        return []
-    return [
-        {
-            "op": "matmul",
-            "bits": bits,
-            "group_size": operands[0].group_size,
-            "m_max": m,
-            "n": n,
-            "k": k,
-            **dataclasses.asdict(best),
-            "us": round(timed[best] * 1e3, 2),
+def _is_past(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
+@dataclass
+class Step:
+    """A decode step of a few layers at one batch size, which can be timed with other tiles."""
+
+    model: Model
+    m: int
+    context: int
+    _right: dict[tuple[Product, Tile], bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        width = -(-(self.context + 1) // PAGE_SIZE)
+        rows = [Piece([7 + i], self.context, range(i * width, (i + 1) * width), "last") for i in range(self.m)]
+        self._cache: PagedKVCache = self.model.new_cache(self.m * width, page_size=PAGE_SIZE)
+        device = self.model.device
+        self._batch = Batch.build(
+            rows, page_size=PAGE_SIZE, device=device, pad_to=Room.of_rows(self.m), table_width=width
+        )
+
+    @property
+    def _operands(self) -> dict[Product, PlaneOperand]:
+        """One operand of every shape."""
+        planes = [linear.operand for linear in self.model.decoder.linears()]
+        return {
+            Product(
+                operand.bits, operand.group_size, bucket(self.m), operand.out_features, operand.in_features
+            ): operand
+            for operand in planes
+            if isinstance(operand, PlaneOperand)
         }
-    ]
+
+    @property
+    def keys(self) -> list[Product]:
+        """The matrices of the step, the largest first."""
+        return sorted(self._operands, key=lambda key: -key.n * key.k)
+
+    def choices(self, key: Product) -> list[Tile]:
+        """Return the tiles to try for a matrix."""
+        return list(candidates(key.m_max, key.n, key.k, num_sms(self.model.device)))
+
+    def run(self) -> Tensor:
+        """Run the step."""
+        return self.model.decoder(self._batch, self._cache)
+
+    def clock(self, tiles: Mapping[Product, Tile]) -> float:
+        """Return milliseconds of the step with some tiles; infinity where one fails or gives wrong numbers."""
+        device = self.model.device
+        try:
+            if not all(self._is_right(key, tile) for key, tile in tiles.items()):
+                return inf
+            with trial(arch(device), tiles):
+                return time_graph([self.run], device, repeats=15).median
+        except FAILURES:
+            return inf
+
+    def _is_right(self, key: Product, tile: Tile) -> bool:
+        """Compare the product of one tile with the reference, once."""
+        if (key, tile) not in self._right:
+            operand = self._operands[key]
+            x = torch.randn(self.m, operand.in_features, dtype=self.model.dtype, device=self.model.device)
+            expected = matmul.reference(x, operand, out_dtype=torch.float32)
+            product = partial(matmul.launch, x, operand, out_dtype=torch.float32, tile=tile)
+            error = (product() - expected).norm() / expected.norm()
+            self._right[key, tile] = bool(error < TOLERANCE)
+        return self._right[key, tile]
 
 
-def _time(operands: list[PlaneOperand], x: Tensor, expected: Tensor, tile: Tile, device: torch.device) -> float:
-    """Return milliseconds per product; infinity for a tile that gives wrong numbers."""
-    difference = (matmul.launch(x, operands[0], tile=tile) - expected).float()
-    if not float(difference.norm() / expected.float().norm()) < 2e-3:
-        return float("inf")
-    calls = [partial(matmul.launch, x, operand, tile=tile) for operand in operands]
-    return time_graph(calls, device, repeats=5).median
+def _row(key: Product, change: Change, about: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a table: the shape, the tile, what it brought, and where that was measured."""
+    shape = {"op": "matmul", **key._asdict()}
+    figures = {"step_us_before": round(change.before * 1e3, 2), "step_us_after": round(change.after * 1e3, 2)}
+    return {**shape, **dataclasses.asdict(change.tile), **figures, **about}
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put rows into a table, in place of older ones of the same shapes, a row to a line."""
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    table = {(row["op"], *(row[field] for field in Product._fields)): row for row in (*kept, *rows)}
+    lines = ",\n".join("  " + json.dumps(row) for _, row in sorted(table.items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"command": "python -m qinfer.bench tune", "rows": [\n{lines}\n]}}\n')

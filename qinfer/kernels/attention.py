@@ -3,7 +3,8 @@
     out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, g]) v[j, g],   g = h // (H // G)
 
 Query i (counted from 0) of sequence b sits at position p = context_lens[b] - qlen_b + i and sees the positions j <= p
-and, with a window, j > p - window. Position j of sequence b lies in page page_table[b, j // S], row j % S.
+and, with a window, j > p - window. Position j of sequence b lies in page page_table[b, j // S], row j % S. With a
+softcap c, scores x become c tanh(x / c) before the softmax.
 
 Memory: pages are [P, G, S, row], so that the rows of one KV head in one page are contiguous; q is [T, H, D], the
 sequences one after the other. One program owns one KV head and BLOCK_M rows, row r being query token r // GROUP and
@@ -30,12 +31,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qinfer.kernels.attention_products import add_values, prepared, scores
 from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, reduce_if_last
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, op
 from qinfer.kernels.kv_codec import KVPages, run_length
-from qinfer.kernels.kv_tile import has_scales, is_packed, is_rotated, join_pairs, load_rows, rotate, split_pairs
+from qinfer.kernels.kv_tile import has_scales, is_packed, is_rotated, join_pairs, rotate
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
@@ -58,6 +60,7 @@ def paged_attention_reference(
     max_query_len: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     order: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -83,80 +86,14 @@ def paged_attention_reference(
         hidden = position > own
         if window is not None:
             hidden |= position <= own - window
-        scores = (queries @ keys.transpose(1, 2) * scale).reshape(num_kv_heads, -1, *hidden.shape)
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        logits = (queries @ keys.transpose(1, 2) * scale).reshape(num_kv_heads, -1, *hidden.shape)
+        if softcap is not None:
+            logits = torch.tanh_(logits / softcap) * softcap
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         result = (weights.flatten(1, 2) @ values).reshape(num_kv_heads, -1, query_len, head_dim)
         out[rows] = result.permute(2, 0, 1, 3).flatten(1, 2)
     flat = out.flatten(1)
     return (flat if order is None else flat[:, order.long()]).to(q.dtype)
-
-
-@triton.jit
-def _prepared(b_q, scale, PAGE_DTYPE: tl.constexpr, DTYPE: tl.constexpr, RUN: tl.constexpr, SCHEME: tl.constexpr):
-    """Return queries as the product over keys takes them, [M, D] or twice [M, D / 2], and the factor of scores."""
-    if SCHEME == "plain":
-        b_even = b_q.to(PAGE_DTYPE)
-        b_odd, b_factor = b_even, scale
-    else:
-        b_x = b_q.to(tl.float32)
-        if is_rotated(SCHEME):
-            b_x = rotate(b_q, RUN)
-        b_largest = tl.max(tl.abs(b_x), axis=1)[:, None]
-        b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
-        b_even = (b_x / b_largest).to(DTYPE)
-        b_odd, b_factor = b_even, b_largest * scale
-        if is_packed(SCHEME):
-            b_even, b_odd = split_pairs(b_even)
-    return b_even, b_odd, b_factor
-
-
-@triton.jit
-def _scores(
-    b_even, b_odd, b_factor, p_k_page, p_scale, o_scale, o_row, m_key, s_row, DTYPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
-):  # fmt: skip
-    """Multiply queries by a tile of keys: [M, N] fp32."""
-    if SCHEME == "plain":
-        o_d = tl.arange(0, BLOCK_D)
-        p_k_tile = p_k_page + o_row[None, :] * s_row + o_d[:, None]
-        b_k = tl.load(p_k_tile, mask=m_key[None, :] & (o_d < HEAD_DIM)[:, None], other=0.0)
-        b_scores = tl.dot(b_even, b_k, input_precision="ieee")
-    else:
-        b_k, b_k_odd = load_rows(p_k_page + o_row * s_row, m_key, DTYPE, HEAD_DIM, BLOCK_D, SCHEME)
-        b_scores = tl.dot(b_even, tl.trans(b_k), input_precision="ieee")
-        if is_packed(SCHEME):
-            b_scores = tl.dot(b_odd, tl.trans(b_k_odd), b_scores, input_precision="ieee")
-        if has_scales(SCHEME):
-            b_scores *= tl.load(p_scale + o_scale + o_row, mask=m_key, other=0.0).to(tl.float32)[None, :]
-    return b_scores * b_factor
-
-
-@triton.jit
-def _add_values(
-    b_acc, b_acc_odd, b_unit, b_decay, b_p, p_v_page, p_scale, o_scale, o_row, m_key, s_row, DTYPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
-):  # fmt: skip
-    """Add a tile of values, weighted by b_p, to the decayed sums, which are in units of the largest scale so far."""
-    if has_scales(SCHEME):
-        b_scale = tl.load(p_scale + o_scale + o_row, mask=m_key, other=0.0).to(tl.float32)
-        b_new_unit = tl.maximum(b_unit, tl.max(b_scale, axis=0))
-        b_inverse = 1.0 / tl.where(b_new_unit > 0.0, b_new_unit, 1.0)
-        b_p = b_p * (b_scale * b_inverse)[None, :]
-        b_decay = b_decay * (b_unit * b_inverse)
-        b_unit = b_new_unit
-    b_acc = b_acc * b_decay[:, None]
-    if SCHEME == "plain":
-        o_d = tl.arange(0, BLOCK_D)
-        p_v_tile = p_v_page + o_row[:, None] * s_row + o_d[None, :]
-        b_v = tl.load(p_v_tile, mask=m_key[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-    else:
-        b_v, b_v_odd = load_rows(p_v_page + o_row * s_row, m_key, DTYPE, HEAD_DIM, BLOCK_D, SCHEME)
-        b_p = b_p.to(DTYPE)
-        b_acc = tl.dot(b_p, b_v, b_acc, input_precision="ieee")
-        if is_packed(SCHEME):
-            b_acc_odd = tl.dot(b_p, b_v_odd, b_acc_odd * b_decay[:, None], input_precision="ieee")
-    return b_acc, b_acc_odd, b_unit
 
 
 @triton.jit
@@ -191,6 +128,7 @@ def _paged_attention_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     K_SCHEME: tl.constexpr, V_SCHEME: tl.constexpr, RUN: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
+    SOFTCAP: tl.constexpr,  # times log2(e); 0: none
     IS_SPLIT: tl.constexpr,
     HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,  # the last program of a block to arrive adds up its runs
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -222,7 +160,7 @@ def _paged_attention_kernel(
     o_head = i_head * GROUP + o_m % GROUP
     p_rows = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
     b_x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_out, other=0.0)
-    b_q, b_q_odd, b_factor = _prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
+    b_q, b_q_odd, b_factor = prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
 
     b_stop = tl.minimum(b_first + BLOCK_Q, b_context_len)
     b_stop = tl.where(i_local * BLOCK_Q < b_query_len, tl.maximum(b_stop, 0), 0)
@@ -250,10 +188,10 @@ def _paged_attention_kernel(
         o_key = b_key + tl.arange(0, BLOCK_N)
         # Rows of a page beyond the sequence may hold NaN, and a probability of 0 times NaN is NaN.
         m_key = o_key < b_stop
-        b_scores = _scores(
+        b_scores = scores(
             b_q, b_q_odd, b_factor, p_k + i_page * s_k_page,
             p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
-            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME,
+            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP,
         )  # fmt: skip
         m_seen = o_key[None, :] <= b_own[:, None]
         if WINDOW > 0:
@@ -265,7 +203,7 @@ def _paged_attention_kernel(
         b_p = tl.exp2(b_scores - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-        b_acc, b_acc_odd, b_unit = _add_values(
+        b_acc, b_acc_odd, b_unit = add_values(
             b_acc, b_acc_odd, b_unit, b_decay, b_p, p_v + i_page * s_v_page,
             p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE, o_row, m_key, s_v_row, DTYPE,
             HEAD_DIM, BLOCK_D, V_SCHEME,
@@ -329,6 +267,7 @@ def _check_paged_attention(
     max_query_len: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     order: Tensor | None = None,
     splits: int | None = None,
 ) -> None:
@@ -365,6 +304,8 @@ def _check_paged_attention(
     for name, value in (("max_query_len", max_query_len), ("window", window), ("splits", splits)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}; None caps nothing")
     if splits is not None and splits > MAX_SPLITS:
         raise ValueError(f"splits must be at most {MAX_SPLITS}, got {splits}")
 
@@ -381,6 +322,7 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     order: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -396,6 +338,7 @@ def paged_attention(
         max_query_len: Upper bound of the query tokens of a sequence.
         scale: Factor of the scores, usually D ** -0.5.
         window: Number of newest positions that a query sees, its own included; None means all.
+        softcap: Scores x become softcap * tanh(x / softcap), as Gemma 2 has it; None leaves them.
         order: [H * D] int32, feature j of the result is feature order[j] of the concatenated heads.
         splits: Runs into which the keys of a sequence are cut; None chooses from the shapes alone.
 
@@ -435,6 +378,7 @@ def paged_attention(
         num_seqs, (num_seqs - 1).bit_length(),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim), WINDOW=window or 0,
+        SOFTCAP=0.0 if softcap is None else softcap * LOG2_E,
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,

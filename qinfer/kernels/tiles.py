@@ -8,9 +8,12 @@ slower.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, step_k, tile_k
 
@@ -39,6 +42,16 @@ class Tile:
     stages: int
 
 
+class Product(NamedTuple):
+    """What a row of a table is for: a bucket of M, and a matrix [K, N] of one width and group size."""
+
+    bits: int
+    group_size: int
+    m_max: int
+    n: int
+    k: int
+
+
 def bucket(m: int) -> int:
     """Return the largest M of the bucket that m belongs to: 1, 4, 16, 32, 64, then powers of two."""
     for limit in (1, 4, 16, 32, 64):
@@ -48,17 +61,18 @@ def bucket(m: int) -> int:
 
 
 @cache
-def _table(arch: str) -> dict[tuple[str, int, int, int, int, int], Tile]:
+def _table(arch: str) -> dict[Product, Tile]:
     """Read the table of one GPU; an empty one if none was measured."""
     path = TABLES / f"{arch}.json"
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["rows"]
     return {
-        (row["op"], row["bits"], row["group_size"], row["m_max"], row["n"], row["k"]): Tile(
+        Product(**{field: row[field] for field in Product._fields}): Tile(
             **{field: row[field] for field in Tile.__annotations__}
         )
         for row in rows
+        if row["op"] == "matmul"
     }
 
 
@@ -68,8 +82,23 @@ def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, .
 
     Rows of the table are for matrices of one width; a tile that fits one group size may spill with another.
     """
-    row = _table(arch).get(("matmul", widths[0], group_size, bucket(m), n, k)) if len(widths) == 1 else None
+    row = _table(arch).get(Product(widths[0], group_size, bucket(m), n, k)) if len(widths) == 1 else None
     return row or rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
+
+
+@contextmanager
+def trial(arch: str, tiles: Mapping[Product, Tile]) -> Iterator[None]:
+    """Put tiles in front of the table while they are tried."""
+    table = _table(arch)
+    kept = dict(table)
+    table.update(tiles)
+    lookup.cache_clear()
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(kept)
+        lookup.cache_clear()
 
 
 def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
