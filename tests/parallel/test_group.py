@@ -116,6 +116,8 @@ def test_model_on_three_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [share.gpu for share in model.plan.shares] == [0, 2, 3]
     ids = tiny.prompt(40)
     assert_close(model.logits(ids), whole.logits(ids))
+    for layer, state in model.hidden_states(ids, [0, 2]).items():
+        assert_close(state, whole.hidden_states(ids, [layer])[layer])
 
     prompts = [tiny.prompt(length, seed=length) for length in (3, 30, 9, 1)]
     ours, theirs = (Generator(m, max_tokens=300, page_size=16, max_step_tokens=16, max_batch=3) for m in (model, whole))
