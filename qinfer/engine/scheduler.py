@@ -12,6 +12,7 @@ but beside running streams no more than max_mixed_tokens, because the streams wa
 from __future__ import annotations
 
 from bisect import insort
+from itertools import chain
 
 from qinfer.engine.pages import PageTable
 from qinfer.engine.prefix import match, publish
@@ -70,35 +71,37 @@ class Scheduler:
         Raises:
             ValueError: If the whole pool could not hold it.
         """
-        needed = self.pages.pages_for(sequence.max_tokens)
+        needed = sum(self.pages.pages_for(one.max_tokens) for one in sequence.members)
         if needed > self.pages.num_pages:
             raise ValueError(f"sequence needs {needed} pages, the pool has {self.pages.num_pages}")
+        if len(sequence.members) > self.max_batch:
+            raise ValueError(f"max_batch must be at least 2 for a negative_prompt, got {self.max_batch}")
         insort(self.waiting, sequence, key=Sequence.order)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
         if self.prefix_cache:
             for sequence in self.running:
-                if sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size:
-                    publish(self.pages, sequence)
+                for one in sequence.members:
+                    if one.num_computed >= (one.num_published + 1) * self.pages.page_size:
+                        publish(self.pages, one)
         self._admit()
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
         for sequence in tuple(self.running):
-            num_tokens = sequence.num_tokens
-            if num_tokens - sequence.num_computed > 1:
+            if any(one.num_pending > 1 for one in sequence.members):
                 prompts.append(sequence)
-            elif num_tokens < sequence.max_tokens and sequence.state is State.RUNNING and self._grow(sequence):
-                step.append((sequence, 1))
+            elif sequence.wants_more and sequence.state is State.RUNNING and self._grow(sequence):
+                step += [(one, 1) for one in sequence.members]
         step = self._with_drafts(step)
         budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
             budget = min(budget, self.max_mixed_tokens)
         for sequence in prompts:
             if budget and sequence.state is State.RUNNING:
-                count = min(sequence.num_pending, budget, _SCORED_TOKENS if sequence.is_scored else budget)
-                step.append((sequence, count))
-                budget -= count
+                chunks = _chunks(sequence, budget)
+                step += chunks
+                budget -= sum(count for _, count in chunks)
         return step
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -109,38 +112,37 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             raise ValueError(f"sequence {sequence.id} is finished already ({sequence.finish_reason})")
-        if reason == "error":
-            # Nobody shall meet what the failure may have left behind.
-            for page in sequence.pages:
-                self.pages.forget(page)
-        elif self.prefix_cache:
-            publish(self.pages, sequence)
-        self.pages.free(sequence.pages)
-        sequence.drop_pages()
+        # After an error nobody shall meet what it may have left behind.
+        self._drop(sequence, known=reason != "error")
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
 
     def rewind(self, sequence: Sequence, num_generated: int) -> None:
         """Take generated ids of a sequence back; pages that others may share are left to them."""
         sequence.rewind(num_generated)
-        del sequence.page_keys[sequence.num_known // self.pages.page_size :]
-        if sequence.num_computed < sequence.num_published * self.pages.page_size:
+        for one in sequence.members:
+            del one.page_keys[one.num_known // self.pages.page_size :]
+        if any(one.num_computed < one.num_published * self.pages.page_size for one in sequence.members):
             self._preempt(sequence)
 
     def _admit(self) -> None:
         """Move sequences from the queue while there is room; one that does not fit holds back those behind it."""
-        while self.waiting and len(self.running) < self.max_batch:
+        while self.waiting:
             sequence = self.waiting[0]
-            shared = match(self.pages, sequence) if self.prefix_cache else []
-            needed = self.pages.pages_for(sequence.num_known) - len(shared)
-            idle = sum(self.pages.references(page) == 0 for page in shared)
-            if needed + self._spare_pages() > self.pages.num_free - idle:
+            members = sequence.members
+            if sum(len(one.members) for one in self.running) + len(members) > self.max_batch:
                 return
-            for page in shared:
+            found = [match(self.pages, one) if self.prefix_cache else [] for one in members]
+            needed = [self.pages.pages_for(one.num_known) - len(own) for one, own in zip(members, found, strict=True)]
+            idle = sum(self.pages.references(page) == 0 for page in set().union(*found))
+            if sum(needed) + self._spare_pages() > self.pages.num_free - idle:
+                return
+            for page in chain(*found):
                 self.pages.share(page)
-            sequence.pages = shared + self.pages.allocate(needed)
-            sequence.num_computed = len(shared) * self.pages.page_size
-            sequence.num_published = len(shared)
+            for one, shared, count in zip(members, found, needed, strict=True):
+                one.pages = shared + self.pages.allocate(count)
+                one.num_computed = len(shared) * self.pages.page_size
+                one.num_published = len(shared)
             if not sequence.num_preempted:
                 sequence.cached_tokens = sequence.num_computed
             del self.waiting[0]
@@ -154,19 +156,20 @@ class Scheduler:
         for sequence in self.running:
             if wanted >= most:
                 break
-            wanted += self.pages.pages_for(sequence.max_tokens) - len(sequence.pages)
+            wanted += sum(self.pages.pages_for(one.max_tokens) - len(one.pages) for one in sequence.members)
         return min(most, wanted)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for one more token; say whether the sequence still runs, or had to give way itself."""
-        while sequence.num_computed >= len(sequence.pages) * self.pages.page_size:
-            try:
-                sequence.pages += self.pages.allocate(1)
-            except OutOfPages:
-                last = self.running[-1]
-                self._preempt(last)
-                if last is sequence:
-                    return False
+        for one in sequence.members:
+            while one.num_computed >= len(one.pages) * self.pages.page_size:
+                try:
+                    one.pages += self.pages.allocate(1)
+                except OutOfPages:
+                    last = self.running[-1]
+                    self._preempt(last)
+                    if last is sequence:
+                        return False
         return True
 
     def _with_drafts(self, step: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
@@ -186,11 +189,32 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; what it has published may still be there when it returns."""
-        if self.prefix_cache:
-            publish(self.pages, sequence)
         self.running.remove(sequence)
-        self.pages.free(sequence.pages)
-        sequence.drop_pages()
+        self._drop(sequence, known=True)
         sequence.num_preempted += 1
         sequence.state = State.WAITING
         insort(self.waiting, sequence, key=Sequence.order)
+
+    def _drop(self, sequence: Sequence, *, known: bool) -> None:
+        """Take the pages of a sequence back; the whole ones can be found again, or are forgotten."""
+        for one in sequence.members:
+            if not known:
+                for page in one.pages:
+                    self.pages.forget(page)
+            elif self.prefix_cache:
+                publish(self.pages, one)
+            self.pages.free(one.pages)
+            one.drop_pages()
+
+
+def _chunks(sequence: Sequence, budget: int) -> list[tuple[Sequence, int]]:
+    """Return what a sequence that has several tokens to compute computes in a step, at most so many of them."""
+    most = min(budget, _SCORED_TOKENS) if sequence.is_scored else budget
+    if sequence.shadow is None:
+        return [(sequence, min(sequence.num_pending, most))]
+    if sequence.num_pending <= most and sequence.num_pending + sequence.shadow.num_pending <= budget:
+        return [(one, one.num_pending) for one in sequence.members]
+    # The last tokens of both come in one step, whose logits belong together.
+    own = min(sequence.num_pending - 1, most)
+    chunks = [(sequence, own), (sequence.shadow, min(sequence.shadow.num_pending - 1, budget - own))]
+    return [(one, count) for one, count in chunks if count]
