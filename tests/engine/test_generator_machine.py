@@ -68,7 +68,7 @@ class GeneratorMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_belong_to_running_requests(self) -> None:
-        held = [page for sequence in self.gen.scheduler.running for page in sequence.pages]
+        held = [page for sequence in self.gen.scheduler.running for one in sequence.members for page in one.pages]
         assert len(set(held)) == self.gen.pages.num_used
         assert all(self.gen.pages.references(page) == held.count(page) for page in set(held))
 
