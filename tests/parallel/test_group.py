@@ -121,7 +121,8 @@ def test_model_on_three_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     prompts = [tiny.prompt(length, seed=length) for length in (3, 30, 9, 1)]
     ours, theirs = (Generator(m, max_tokens=300, page_size=16, max_step_tokens=16, max_batch=3) for m in (model, whole))
-    for params in (SamplingParams(temperature=0, max_new_tokens=9), SamplingParams(seed=5, max_new_tokens=9)):
+    guidance = SamplingParams(temperature=0, max_new_tokens=6, guidance_scale=1.5, negative_prompt=prompts[0])
+    for params in (guidance, SamplingParams(temperature=0, max_new_tokens=9), SamplingParams(seed=5, max_new_tokens=9)):
         assert ours.generate(prompts, params) == theirs.generate(prompts, params)
     stream = ours.stream(prompts[1], SamplingParams(max_new_tokens=20))
     next(stream)
