@@ -34,7 +34,9 @@ def _repeat(model: Model, group: Group) -> None:
     while (message := group.receive()) is not None:
         for number in message.get("released", ()):
             generators.pop(number, None)
-        if "token_ids" in message:
+        if "layers" in message:
+            model.hidden_states(message["token_ids"], message["layers"])
+        elif "token_ids" in message:
             model.logits(message["token_ids"])
         elif "settings" in message:
             generators[message["generator"]] = Generator(model, **message["settings"])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qinfer.engine.draft import NgramDraft
 from qinfer.engine.front import AsyncFront
+from qinfer.engine.guidance import shadow_of
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
 from qinfer.engine.sampling import SamplerState, SamplingParams
@@ -288,14 +289,11 @@ class Generator:
                     f"{name}={getattr(params, name)!r} needs a tokenizer and the model has none; "
                     "stop_ids, banned_ids and allowed_ids work without"
                 )
-        total = len(ids) + params.max_new_tokens
-        asked = f"{len(ids)} prompt tokens + max_new_tokens={params.max_new_tokens} are {total} tokens"
-        limit = self.model.config.max_positions
-        if total > limit:
-            raise ValueError(f"{asked}, the model has {limit} positions; shorten the prompt or lower max_new_tokens")
-        room = self.pages.num_pages * self.pages.page_size
-        if self.scheduler.window.most_pages(total) > self.pages.num_pages:
-            raise ValueError(f"{asked}, the page pool holds {room}; raise Generator(max_tokens=...)")
+        negative = None
+        if params.is_guided and params.negative_prompt is not None:
+            negative = self.model.check_token_ids(self._encode(params.negative_prompt))
+            self._check_length("negative_prompt", len(negative), params)
+        self._check_length("prompt", len(ids), params)
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
         healed, healing = self._healing(ids) if params.token_healing else ((), None)
         ids = ids[: len(ids) - len(healed)]
@@ -304,10 +302,23 @@ class Generator:
         if params.constraint is not None:
             self.turns.check(params.constraint, self.model.tokenizer)
             sequence.steering = Steering(params.constraint, ends, self.model.config.vocab_size)
-        # Mirostat has to see each id before it can judge the next.
-        if self.draft_tokens and not (params.mirostat_tau and params.temperature):
+        if negative is not None:
+            sequence.shadow = shadow_of(sequence, negative)
+        # Mirostat has to see each id before it can judge the next; a guess would be computed for two texts.
+        elif self.draft_tokens and not (params.mirostat_tau and params.temperature):
             sequence.drafter = NgramDraft(self.draft_tokens)
         return sequence
+
+    def _check_length(self, name: str, length: int, params: SamplingParams) -> None:
+        """Raise a ValueError if a prompt and what may follow it is too long."""
+        total = length + params.max_new_tokens
+        asked = f"{length} {name} tokens + max_new_tokens={params.max_new_tokens} are {total} tokens"
+        limit = self.model.config.max_positions
+        if total > limit:
+            raise ValueError(f"{asked}, the model has {limit} positions; shorten the prompt or lower max_new_tokens")
+        room = self.pages.num_pages * self.pages.page_size
+        if self.scheduler.window.most_pages(total) > self.pages.num_pages:
+            raise ValueError(f"{asked}, the page pool holds {room}; raise Generator(max_tokens=...)")
 
     def _healing(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor | None]:
         """Return the id to cut off a prompt, and which ids may come in its place; nothing where only one could."""
@@ -354,7 +365,7 @@ class Generator:
             for sequence in self.scheduler.running:
                 sequence.guess()
         step = self.scheduler.schedule()
-        with _FailTogether(self, [self._jobs[sequence.id] for sequence, _ in step], self._settle):
+        with _FailTogether(self, [self._jobs[sequence.request] for sequence, _ in step], self._settle):
             launched = self.runner.launch(step) if step else None
             self._take()
             if launched is not None:

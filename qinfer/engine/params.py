@@ -34,6 +34,7 @@ _RANGES: dict[str, tuple[float, float, bool, str]] = {
     "dry_multiplier": (0, math.inf, False, "finite and at least 0, where 0 turns DRY off"),
     "dry_base": (1, math.inf, False, "finite and at least 1"),
     "dry_allowed_length": (1, math.inf, False, "at least 1"),
+    "guidance_scale": (-math.inf, math.inf, True, "finite, where 1 does not guide"),
     "max_new_tokens": (1, math.inf, False, "at least 1"),
     "min_new_tokens": (0, math.inf, False, "at least 0"),
 }
@@ -81,6 +82,9 @@ class SamplingParams:
         logit_bias: Id -> what is added to its logit; -inf bans it.
         banned_ids: Ids that are never drawn.
         allowed_ids: The only ids that may be drawn; None allows all.
+        guidance_scale: How far the text moves from what would follow the negative prompt: logits become negative +
+            guidance_scale * (positive - negative); 1 leaves the negative prompt out.
+        negative_prompt: Text or token ids that stand in the place of the prompt to see what is not wanted.
         seed: Same request and seed, same tokens, alone or in a batch; None draws a fresh seed.
         logprobs: How many of the likeliest tokens to report at each step besides the chosen one; None reports nothing.
         prompt_logprobs: The same for the tokens of the prompt.
@@ -140,6 +144,8 @@ class SamplingParams:
     token_healing: bool = False
     constraint: Constraint | None = None
     prompt_logprobs: int | None = None
+    guidance_scale: float = 1.0
+    negative_prompt: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Check every field; lists become tuples."""
@@ -150,6 +156,8 @@ class SamplingParams:
             if ids is not None:
                 object.__setattr__(self, field, _ids(field, ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            object.__setattr__(self, "negative_prompt", _ids("negative_prompt", self.negative_prompt))
         for field in _COUNTS:
             _integers(field, (getattr(self, field),))
         for field, lowest in _OPTIONAL_COUNTS.items():
@@ -176,6 +184,13 @@ class SamplingParams:
             _require("banned_ids", self.banned_ids, bool(left), "without at least one of allowed_ids")
         rule = f"at most max_new_tokens={self.max_new_tokens}"
         _require("min_new_tokens", self.min_new_tokens, self.min_new_tokens <= self.max_new_tokens, rule)
+        has_negative = self.negative_prompt is not None
+        _require(
+            "guidance_scale", self.guidance_scale, has_negative or self.guidance_scale == 1, "1 without negative_prompt"
+        )
+        if self.is_guided:
+            # Its first token may begin with text of the prompt, which the negative one does not end with.
+            _require("token_healing", self.token_healing, not self.token_healing, "False beside a negative_prompt")
         if self.constraint is not None:
             if not hasattr(self.constraint, "begin"):
                 raise TypeError(f"constraint must have begin(), as json_schema(...) has, got {self.constraint!r}")
@@ -187,6 +202,11 @@ class SamplingParams:
         """Whether the choice of a token depends on which ids came before it, other than through the model."""
         penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
         return penalties or self.dry_multiplier > 0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether logits are those of two prompts."""
+        return self.guidance_scale != 1 and self.negative_prompt is not None
 
     @property
     def is_plain(self) -> bool:

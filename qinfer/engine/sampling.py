@@ -178,24 +178,23 @@ def logprobs(logits: Tensor, ids: Tensor, top_n: int) -> Logprobs:
     return Logprobs(torch.where(ids < 0, math.nan, chosen).float(), top_ids, logs.gather(-1, top_ids).float())
 
 
-def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Return scale * log softmax(positive) + (1 - scale) * log softmax(negative): classifier-free guidance.
+def guide(positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+    """Return negative + scale * (positive - negative): classifier-free guidance, see engine/guidance.py.
 
     Args:
         positive: [R, V] fp32, logits after the prompt that is wanted.
         negative: [R, V] fp32, logits after the prompt that is not.
-        scale: 1 gives the positive distribution, more than 1 moves away from the negative one.
+        scale: 1 gives the positive distribution, more than 1 moves away from the negative one; [R, 1], or one for all.
 
     Returns:
         [R, V] fp32; -inf where either gives a token no chance.
     """
     if positive.shape != negative.shape:
         raise ValueError(f"negative must be {list(positive.shape)} as positive is, got {list(negative.shape)}")
-    if not math.isfinite(scale):
+    if not isinstance(scale, Tensor) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    first, second = positive.log_softmax(-1), negative.log_softmax(-1)
-    mixed = scale * first + (1 - scale) * second
-    return torch.where((first == -math.inf) | (second == -math.inf), -math.inf, mixed)
+    mixed = negative + scale * (positive - negative)
+    return torch.where((positive == -math.inf) | (negative == -math.inf), -math.inf, mixed)
 
 
 def _sample_plain(logits: Tensor, rows: Sequence[Row]) -> Tensor:

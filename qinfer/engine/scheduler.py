@@ -15,6 +15,7 @@ but beside running streams no more than max_mixed_tokens, because the streams wa
 from __future__ import annotations
 
 from bisect import insort
+from itertools import chain
 
 from qinfer.engine.pages import PageTable
 from qinfer.engine.prefix import match, publish
@@ -77,41 +78,42 @@ class Scheduler:
         Raises:
             ValueError: If the whole pool could not hold it.
         """
-        needed = self.window.most_pages(sequence.max_tokens)
+        needed = sum(self.window.most_pages(one.max_tokens) for one in sequence.members)
         if needed > self.pages.num_pages:
             raise ValueError(f"sequence needs {needed} pages, the pool has {self.pages.num_pages}")
+        if len(sequence.members) > self.max_batch:
+            raise ValueError(f"max_batch must be at least 2 for a negative_prompt, got {self.max_batch}")
         insort(self.waiting, sequence, key=Sequence.order)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
         for sequence in self.running:
-            if self.prefix_cache and sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size:
-                publish(self.pages, sequence)
-            self._free_behind(sequence)
+            for one in sequence.members:
+                if self.prefix_cache and one.num_computed >= (one.num_published + 1) * self.pages.page_size:
+                    publish(self.pages, one)
+                self._free_behind(one)
         self._admit()
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
         for sequence in tuple(self.running):
-            num_tokens = sequence.num_tokens
-            is_prompt = num_tokens - sequence.num_computed > 1
-            if sequence.state is State.RUNNING and (is_prompt or num_tokens < sequence.max_tokens):
+            is_prompt = any(one.num_pending > 1 for one in sequence.members)
+            if sequence.state is State.RUNNING and (is_prompt or sequence.wants_more):
                 # Whoever has to give way comes later in the order, and is in no step yet.
                 if not self._grow(sequence):
                     continue
                 if is_prompt:
                     prompts.append(sequence)
                 else:
-                    step.append((sequence, 1))
+                    step += [(one, 1) for one in sequence.members]
         step = self._with_drafts(step)
         budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
             budget = min(budget, self.max_mixed_tokens)
         for sequence in prompts:
             if budget and sequence.state is State.RUNNING:
-                most = _SCORED_TOKENS if sequence.is_scored else budget
-                count = self._extend(sequence, min(sequence.num_pending, budget, most))
-                step.append((sequence, count))
-                budget -= count
+                chunks = self._chunks(sequence, budget)
+                step += chunks
+                budget -= sum(count for _, count in chunks)
         return step
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -122,14 +124,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             raise ValueError(f"sequence {sequence.id} is finished already ({sequence.finish_reason})")
-        if reason == "error":
-            # Nobody shall meet what the failure may have left behind.
-            for page in sequence.held_pages:
-                self.pages.forget(page)
-        elif self.prefix_cache:
-            publish(self.pages, sequence)
-        self.pages.free(sequence.held_pages)
-        sequence.drop_pages()
+        # After an error nobody shall meet what it may have left behind.
+        self._drop(sequence, known=reason != "error")
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
 
@@ -139,37 +135,46 @@ class Scheduler:
         A sequence that would have to see pages which it gave back is computed again.
         """
         sequence.rewind(num_generated)
-        del sequence.page_keys[sequence.num_known // self.pages.page_size :]
-        is_freed = self.window.first_page(sequence.num_computed) < sequence.num_freed
-        if is_freed or sequence.num_computed < sequence.num_published * self.pages.page_size:
+        is_lost = False
+        for one in sequence.members:
+            del one.page_keys[one.num_known // self.pages.page_size :]
+            is_freed = self.window.first_page(one.num_computed) < one.num_freed
+            is_lost |= is_freed or one.num_computed < one.num_published * self.pages.page_size
+        if is_lost:
             self._preempt(sequence)
 
     def defragment(self) -> dict[int, int]:
         """Give the lowest numbers to the pages that hold something; return old to new numbers of what has to move."""
         moves = self.pages.defragment()
-        for sequence in self.running:
-            if not moves.keys().isdisjoint(sequence.pages):
-                sequence.pages = [moves.get(page, page) for page in sequence.pages]
-                sequence.allocation += 1
+        for one in (one for sequence in self.running for one in sequence.members):
+            if not moves.keys().isdisjoint(one.pages):
+                one.pages = [moves.get(page, page) for page in one.pages]
+                one.allocation += 1
         return moves
 
     def _admit(self) -> None:
         """Move sequences from the queue while there is room; one that does not fit holds back those behind it."""
-        while self.waiting and len(self.running) < self.max_batch:
+        while self.waiting:
             sequence = self.waiting[0]
-            pages = match(self.pages, sequence, self.window) if self.prefix_cache else []
-            shared = [page for page in pages if page >= 0]
-            missing = self.pages.pages_for(sequence.num_known) - len(pages)
-            needed = min(missing, self.window.most_pages(sequence.num_known) - len(shared))
-            idle = sum(self.pages.references(page) == 0 for page in shared)
-            if needed + self._spare_pages() > self.pages.num_free - idle:
+            members = sequence.members
+            if sum(len(one.members) for one in self.running) + len(members) > self.max_batch:
                 return
-            for page in shared:
+            found = [match(self.pages, one, self.window) if self.prefix_cache else [] for one in members]
+            known = [[page for page in pages if page >= 0] for pages in found]
+            needed = [
+                min(self.pages.pages_for(num) - len(pages), self.window.most_pages(num) - len(shared))
+                for num, pages, shared in zip((one.num_known for one in members), found, known, strict=True)
+            ]
+            idle = sum(self.pages.references(page) == 0 for page in set().union(*known))
+            if sum(needed) + self._spare_pages() > self.pages.num_free - idle:
+                return
+            for page in chain(*known):
                 self.pages.share(page)
-            sequence.pages = pages + self.pages.allocate(needed)
-            sequence.num_freed = len(pages) - len(shared)
-            sequence.num_computed = len(pages) * self.pages.page_size
-            sequence.num_published = len(pages)
+            for one, pages, shared, count in zip(members, found, known, needed, strict=True):
+                one.pages = pages + self.pages.allocate(count)
+                one.num_freed = len(pages) - len(shared)
+                one.num_computed = len(pages) * self.pages.page_size
+                one.num_published = len(pages)
             if not sequence.num_preempted:
                 sequence.cached_tokens = sequence.num_computed
             del self.waiting[0]
@@ -183,19 +188,21 @@ class Scheduler:
         for sequence in self.running:
             if wanted >= most:
                 break
-            wanted += max(0, self.window.most_pages(sequence.max_tokens) - len(sequence.held_pages))
+            for one in sequence.members:
+                wanted += max(0, self.window.most_pages(one.max_tokens) - len(one.held_pages))
         return min(most, wanted)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the next token; say whether the sequence still runs, or had to give way itself."""
-        while sequence.num_computed >= len(sequence.pages) * self.pages.page_size:
-            try:
-                sequence.pages += self.pages.allocate(1)
-            except OutOfPages:
-                last = self.running[-1]
-                self._preempt(last)
-                if last is sequence:
-                    return False
+        for one in sequence.members:
+            while one.num_computed >= len(one.pages) * self.pages.page_size:
+                try:
+                    one.pages += self.pages.allocate(1)
+                except OutOfPages:
+                    last = self.running[-1]
+                    self._preempt(last)
+                    if last is sequence:
+                        return False
         return True
 
     def _extend(self, sequence: Sequence, count: int) -> int:
@@ -232,11 +239,33 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; what it has published may still be there when it returns."""
-        if self.prefix_cache:
-            publish(self.pages, sequence)
         self.running.remove(sequence)
-        self.pages.free(sequence.held_pages)
-        sequence.drop_pages()
+        self._drop(sequence, known=True)
         sequence.num_preempted += 1
         sequence.state = State.WAITING
         insort(self.waiting, sequence, key=Sequence.order)
+
+    def _drop(self, sequence: Sequence, *, known: bool) -> None:
+        """Take the pages of a sequence back; the whole ones can be found again, or are forgotten."""
+        for one in sequence.members:
+            if not known:
+                for page in one.held_pages:
+                    self.pages.forget(page)
+            elif self.prefix_cache:
+                publish(self.pages, one)
+            self.pages.free(one.held_pages)
+            one.drop_pages()
+
+    def _chunks(self, sequence: Sequence, budget: int) -> list[tuple[Sequence, int]]:
+        """Return what a sequence that has several tokens to compute computes in a step, at most so many of them."""
+        most = min(budget, _SCORED_TOKENS) if sequence.is_scored else budget
+        if sequence.shadow is None:
+            return [(sequence, self._extend(sequence, min(sequence.num_pending, most)))]
+        if sequence.num_pending <= most and sequence.num_pending + sequence.shadow.num_pending <= budget:
+            whole = [(one, one.num_pending) for one in sequence.members]
+            if all(self._extend(one, count) == count for one, count in whole):
+                return whole
+        # The last tokens of both come in one step, whose logits belong together.
+        own = self._extend(sequence, min(sequence.num_pending - 1, most))
+        other = self._extend(sequence.shadow, min(sequence.shadow.num_pending - 1, budget - own))
+        return [(one, count) for one, count in ((sequence, own), (sequence.shadow, other)) if count]

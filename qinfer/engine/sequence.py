@@ -42,6 +42,7 @@ class Sequence:
     healing: Tensor | None = None  # [V] bool, the ids that begin like it
     steering: Steering | None = None  # where it stands in its constraint
     priority: int = 0  # higher ones go first
+    shadow: Sequence | None = None  # the same text behind the negative prompt, see engine/guidance.py
     drafter: NgramDraft | None = None
     drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
     generated: list[int] = field(default_factory=list)  # ids that are on the host
@@ -99,6 +100,21 @@ class Sequence:
         return self.pages[self.num_freed :]
 
     @property
+    def members(self) -> tuple[Sequence, ...]:
+        """The sequence and its shadow, which have pages, wait and run together."""
+        return (self,) if self.shadow is None else (self, self.shadow)
+
+    @property
+    def is_shadow(self) -> bool:
+        """Whether this is another sequence's shadow."""
+        return self.id < 0
+
+    @property
+    def request(self) -> int:
+        """The id of the request to which it belongs."""
+        return -1 - self.id if self.is_shadow else self.id
+
+    @property
     def num_skippable(self) -> int:
         """Tokens that need not be computed where their pages are known: their logits do not matter any more."""
         return self.num_scored if self.is_scored else self.num_known - 1
@@ -146,6 +162,11 @@ class Sequence:
             # One more id is sampled behind the last draft.
             self.drafts = self.drafter.propose(self.max_tokens - self.num_known - 1)
 
+    def await_sample(self, row: int) -> None:
+        """Have the next token sampled by a row of the step, or with -1 by none."""
+        for one in self.members:
+            one.source = row
+
     def accept(self, sampled: Ids[int]) -> bool:
         """Take the ids sampled behind the newest token and behind each draft, up to the first draft that was wrong.
 
@@ -160,7 +181,7 @@ class Sequence:
             self.generated.append(token_id)
             if place < len(self.drafts) and token_id != self.drafts[place]:
                 break
-        self.source = -1
+        self.await_sample(-1)
         if self.steering is not None:
             self.steering.follow(self.generated)
         if self.drafts:
@@ -196,9 +217,10 @@ class Sequence:
     def rewind(self, num_generated: int) -> None:
         """Take back all generated ids after the first `num_generated`, and the one that is on its way."""
         del self.generated[num_generated:], self.logprobs[num_generated:]
-        self.source = -1
+        self.await_sample(-1)
         self.bans = {place: ids for place, ids in self.bans.items() if place <= num_generated}
-        self.num_computed = min(self.num_computed, self.num_known - 1)
+        for one in self.members:
+            one.num_computed = min(one.num_computed, one.num_known - 1)
         self.sampler.rewind(num_generated)
         if self.steering is not None:
             self.steering.rewind(num_generated)

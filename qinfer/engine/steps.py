@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.graphs import GraphRunner
+from qinfer.engine.guidance import guided
 from qinfer.engine.rows import DecodeRows
 from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
 from qinfer.engine.scoring import Scores, copying, take_scores
@@ -168,8 +169,9 @@ class StepRunner:
     def sample(self, launched: Launched) -> Sampled | None:
         """Launch the choice of the next tokens and their way to the host; None when the step tells nothing."""
         rows, options = list[Sequence](), list[Row]()
-        for sequence in launched.sequences:
-            sequence.source = len(rows)
+        said, logits = guided(launched.sequences, launched.logits)
+        for sequence in (sequence for sequence in launched.sequences if not sequence.is_shadow):
+            sequence.await_sample(len(rows))
             options += (own := sequence.rows())
             rows += [sequence] * len(own)
         scores = [own.to_host() for own in launched.scores] if self._on_gpu else launched.scores
@@ -177,7 +179,7 @@ class StepRunner:
             nothing = torch.empty(0, dtype=torch.int64)
             return Sampled(rows, nothing, [], None, self._arrival(), self._model.comm, scores) if scores else None
         # Rank 0 decides; the others would agree but for the order in which a library adds.
-        ids = self._model.comm.broadcast(sample(launched.logits, options))
+        ids = self._model.comm.broadcast(sample(logits, options))
         # Nobody reads them here when there were drafts: the host has to say first how many were right.
         kept = min(len(rows), len(self._sampled))
         self._sampled[:kept].copy_(ids[:kept])
@@ -186,7 +188,7 @@ class StepRunner:
         if asked:
             top_n = max(sequence.params.logprobs or 0 for sequence in rows)
             index = torch.tensor(asked).to(ids.device, non_blocking=True)
-            told = logprobs(launched.logits[index], ids[index], top_n)
+            told = logprobs(said[index], ids[index], top_n)
         if not self._on_gpu:
             return Sampled(rows, ids, asked, told, None, self._model.comm, scores)
         self._host_ids.reverse()

@@ -9,7 +9,7 @@ hands it on as a delta, which the next norm adds while it reads the row anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from qinfer.cache.paged import PagedKVCache
 from qinfer.checkpoint import Checkpoint
 from qinfer.kernels.gather import gather_rows
 from qinfer.kernels.operand import DenseOperand
+from qinfer.kernels.parts import add_up
 from qinfer.models.architectures import NameMap, name_map
 from qinfer.models.batch import Batch
 from qinfer.models.config import ModelConfig
@@ -163,6 +164,26 @@ class Decoder:
         else:
             logits = self.head(self.norm(residual, delta), out_dtype=torch.float32)
         return self.comm.all_gather(logits, 1, self.vocab_sizes)
+
+    def residuals(self, batch: Batch, cache: PagedKVCache, layers: Collection[int]) -> dict[int, Tensor]:
+        """Run one step as far as it is asked for, and return the residual stream instead of logits.
+
+        Args:
+            batch: T tokens.
+            cache: pages that the batch names; keys and values of the blocks that run are written to them.
+            layers: numbers of blocks, 0 to all.
+
+        Returns:
+            Number of blocks -> [T, C] fp32, the sum of the embedding and of what so many blocks have added to it.
+        """
+        residual = self.embedding(batch.token_ids)
+        found = {0: residual.clone()} if 0 in layers else {}
+        delta: Tensor | None = None
+        for number, block in enumerate(self.blocks[: max(layers)], 1):
+            delta = block(residual, delta, batch, cache)
+            if number in layers:
+                found[number] = residual + add_up(delta)
+        return found
 
     def linears(self) -> Iterator[Linear]:
         """Yield every matrix that a step multiplies by, the head last."""

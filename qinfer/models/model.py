@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import index
 from pathlib import Path
 
@@ -153,18 +153,56 @@ class Model:
             ValueError: there are no ids or too many, or one is out of range.
             TypeError: the ids are not integers.
         """
+        ids = self._check_text(token_ids)
+        self.comm.tell({"token_ids": ids})
+        logits = torch.empty(len(ids), self.config.vocab_size, dtype=torch.float32, device=self.device)
+        for rows, batch, cache in self._chunks(ids):
+            logits[rows] = self.decoder(batch, cache)
+        return logits
+
+    def hidden_states(self, token_ids: Sequence[int] | Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return the residual stream of a text between blocks.
+
+        Layer i is what the first i blocks leave: 0 is the embedding and config.num_layers the input of the last norm.
+        That is `hidden_states[i]` of transformers, except for its last entry, which it normalizes and this does not.
+        Blocks behind the last layer asked for do not run.
+
+        Args:
+            token_ids: [T] ids, from 1 to config.max_positions of them.
+            layers: numbers of blocks, each from 0 to config.num_layers.
+
+        Returns:
+            Layer -> [T, C] fp32 on the model's device.
+
+        Raises:
+            ValueError: there are no ids or too many, one is out of range, or a layer is.
+            TypeError: the ids or the layers are not integers.
+        """
+        ids, wanted = self._check_text(token_ids), sorted({index(layer) for layer in layers})
+        if not wanted or not 0 <= wanted[0] <= wanted[-1] <= self.config.num_layers:
+            raise ValueError(f"layers must be from 0 to {self.config.num_layers}, at least one, got {list(layers)}")
+        self.comm.tell({"token_ids": ids, "layers": wanted})
+        shape = (len(ids), self.config.hidden_size)
+        states = {layer: torch.empty(shape, dtype=torch.float32, device=self.device) for layer in wanted}
+        for rows, batch, cache in self._chunks(ids):
+            for layer, state in self.decoder.residuals(batch, cache, wanted).items():
+                states[layer][rows] = state
+        return states
+
+    def _check_text(self, token_ids: Sequence[int] | Tensor) -> list[int]:
+        """Return the ids of a text as a list, after checking them and their number."""
         ids = self.check_token_ids(token_ids)
         if len(ids) > self.config.max_positions:
             raise ValueError(f"token_ids must be at most {self.config.max_positions} for this model, got {len(ids)}")
-        self.comm.tell({"token_ids": ids})
+        return ids
+
+    def _chunks(self, ids: Sequence[int]) -> Iterator[tuple[slice, Batch, PagedKVCache]]:
+        """Yield a text as steps over a cache of its own, with their rows."""
         page_size = 256
         cache = self.new_cache(-(-len(ids) // page_size), page_size=page_size)
-        logits = torch.empty(len(ids), self.config.vocab_size, dtype=torch.float32, device=self.device)
         for start in range(0, len(ids), CHUNK):
             piece = Piece(ids[start : start + CHUNK], start, range(cache.num_pages), "all")
-            batch = Batch.build([piece], page_size=page_size, device=self.device)
-            logits[start : start + CHUNK] = self.decoder(batch, cache)
-        return logits
+            yield slice(start, start + CHUNK), Batch.build([piece], page_size=page_size, device=self.device), cache
 
     def check_token_ids(self, token_ids: Sequence[int] | Tensor) -> list[int]:
         """Return the ids as a list of integers, after checking that the model knows each of them.

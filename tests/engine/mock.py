@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Event
-from qinfer.engine.sampling import Row, SamplingParams, UniformStream, sample
+from qinfer.engine.sampling import Row, SamplingParams, UniformStream, guide, sample
 from qinfer.models.batch import Batch
 from qinfer.models.model import Model
 from qinfer.parallel.comm import Alone
@@ -135,7 +135,11 @@ def expected(prompt: Sequence[int], params: SamplingParams, eos_ids: Sequence[in
     stream = UniformStream(params.seed)
     ends = {*params.stop_ids, *(() if params.ignore_eos else eos_ids)}
     while len(ids) < params.max_new_tokens and not (ids and ids[-1] in ends):
-        token = int(sample(logits_after([*prompt, *ids][-memory:])[None], [Row(params, stream.at(len(ids)))]))
+        logits = logits_after([*prompt, *ids][-memory:])[None]
+        if params.is_guided:
+            negative = logits_after([*params.negative_prompt, *ids][-memory:])[None]
+            logits = guide(logits, negative, params.guidance_scale)
+        token = int(sample(logits, [Row(params, stream.at(len(ids)))]))
         if token < 0:
             break
         ids.append(token)

@@ -23,7 +23,8 @@ def soak(count: int) -> Counter[str]:
 
     async def request(number: int) -> None:
         prompt = [20 + number % 3] * random.randrange(1, 9) + [2 + number % 97]
-        params = SamplingParams(seed=number, temperature=number % 2, max_new_tokens=random.randrange(1, 12))
+        guided = {"guidance_scale": 1.5, "negative_prompt": [20] * (number % 9 + 1)} if number % 4 == 0 else {}
+        params = SamplingParams(seed=number, temperature=number % 2, max_new_tokens=random.randrange(1, 12), **guided)
         leave_after = random.choice((99, 99, 99, random.randrange(1, 6)))
         await asyncio.sleep(random.random() * count / 500)
         if random.random() < 0.05:

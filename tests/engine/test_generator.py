@@ -6,11 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qinfer.engine.constraints import packed
+from qinfer.engine.guidance import guided, shadow_of
 from qinfer.engine.job import Completion, Job
-from qinfer.engine.sampling import Row, SamplingParams, sample
+from qinfer.engine.sampling import Row, SamplerState, SamplingParams, sample
+from qinfer.engine.scoring import take_scores
+from qinfer.engine.sequence import Sequence
 from qinfer.engine.steps import feed
 from qinfer.errors import NonFiniteLogits
-from qinfer.models.batch import Batch
+from qinfer.models.batch import Batch, Piece
 from tests.engine.mock import (
     POISON,
     TOKENIZER,
@@ -359,9 +363,18 @@ def test_events_reach_the_loop_that_asked() -> None:
 def test_sampling_never_reads_a_tensor() -> None:
     """On the meta device there is nothing to read: an item(), a tolist() or an `if` on a tensor raises."""
     rows = [Row(SamplingParams(temperature=t, top_k=3, top_p=0.9, min_p=0.1), 0.5) for t in (0.0, 0.7)]
-    for chosen in ([rows[0]], rows):
+    rows += [row._replace(words=packed([1, 3], 7)) for row in rows]
+    for chosen in ([rows[0]], rows[:2], rows):
         ids = sample(torch.empty(len(chosen), 7, device="meta"), chosen)
         assert (ids.shape, ids.device.type) == ((len(chosen),), "meta")
+    scored = Sequence(1, (1, 2, 3), SamplingParams(prompt_logprobs=2), SamplerState(SamplingParams(), ()))
+    scored.shadow = shadow_of(scored, [4, 5, 6])
+    step = [(one, 3) for one in scored.members]
+    logits, (scores,) = take_scores(
+        step, [Piece([1, 2, 3], 0, [0], "all"), Piece([4, 5, 6], 0, [1], "last")], torch.empty(4, 7, device="meta")
+    )
+    assert [tuple(part.shape) for part in scores.told] == [(2,), (2, 2), (2, 2)]
+    assert [tuple(part.shape) for part in guided([one for one, _ in step], logits)] == [(1, 7)] * 2
 
 
 def test_mock_depends_on_the_whole_history() -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -17,8 +19,14 @@ class GeneratorMachine(RuleBasedStateMachine):
         self.jobs: dict[int, tuple[Job, list[int], SamplingParams]] = {}
         self.texts: dict[int, str] = {}
 
-    @rule(prompt=st.lists(st.integers(4, 5), min_size=1, max_size=20), one=params)
-    def submit(self, prompt: list[int], one: SamplingParams) -> None:
+    @rule(
+        prompt=st.lists(st.integers(4, 5), min_size=1, max_size=20),
+        one=params,
+        negative=st.none() | st.lists(st.integers(4, 5), min_size=1, max_size=6),
+    )
+    def submit(self, prompt: list[int], one: SamplingParams, negative: list[int] | None) -> None:
+        if negative is not None:
+            one = replace(one, guidance_scale=2.0, negative_prompt=negative)
         job = self.gen.submit(prompt, one)
         self.jobs[job.id] = (job, prompt, one)
         self.texts[job.id] = ""
@@ -60,7 +68,7 @@ class GeneratorMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_belong_to_running_requests(self) -> None:
-        held = [page for sequence in self.gen.scheduler.running for page in sequence.pages]
+        held = [page for sequence in self.gen.scheduler.running for one in sequence.members for page in one.pages]
         assert len(set(held)) == self.gen.pages.num_used
         assert all(self.gen.pages.references(page) == held.count(page) for page in set(held))
 

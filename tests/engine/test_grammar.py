@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qinfer.assets import STORYTELLER
 from qinfer.engine.generator import Generator
-from qinfer.engine.grammar import Grammar, grammar, json_schema, regex
-from qinfer.engine.sampling import SamplingParams
+from qinfer.engine.grammar import grammar, json_schema, regex
+from qinfer.engine.sampling import SamplerState, SamplingParams
+from qinfer.engine.sequence import Sequence
+from qinfer.engine.turns import Turns, heard
 from qinfer.errors import UnsupportedError
 from qinfer.models.model import Model
-from qinfer.tokenizer import Tokenizer
 from tests.engine import mock
 from tests.engine.mock import TOKENIZER, VOCAB, MockModel, expected, generator, is_idle
 
@@ -154,8 +156,35 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
             make("{}", TOKENIZER)
 
 
-def test_other_ranks_can_make_it_anew() -> None:
-    tokenizer = Tokenizer.load(STORYTELLER)
-    first = json_schema(PERSON, tokenizer)
-    again = Grammar("grammar", json.loads(json.dumps(first.source)), tokenizer)
-    assert (first.begin().allowed() == again.begin().allowed()).all()
+class TwoRanks:
+    """Rank 0 of two, and what it tells the other."""
+
+    rank, size = 0, 2
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+
+    def tell(self, message: dict[str, Any]) -> None:
+        self.told.append(json.loads(json.dumps(message)))
+
+
+def test_other_ranks_make_it_anew() -> None:
+    comm = TwoRanks()
+    turns = Turns(comm, {})
+    params = SamplingParams(seed=1, stop_ids=[9], constraint=json_schema(PERSON, TOKENIZER))
+    turns.check(params.constraint, TOKENIZER)
+    turns.request(Sequence(3, (5, 6), params, SamplerState(params, ())))
+    turns.request(Sequence(4, (5, 6), replace(params, constraint=None), SamplerState(params, ())))
+    turns.step()
+    first, second = comm.told[-1]["requests"]
+    assert heard(second, None) == replace(params, constraint=None)
+    again = heard(first, TOKENIZER)
+    assert replace(again, constraint=None) == heard(second, None)
+    walks = [one.constraint.begin() for one in (params, again)]
+    for token in TOKENIZER.encode('{"name":"'):
+        assert (walks[0].allowed() == walks[1].allowed()).all()
+        for walk in walks:
+            walk.advance(token)
+    for constraint, tokenizer in ((object(), TOKENIZER), (params.constraint, None)):
+        with pytest.raises(UnsupportedError, match="with several ranks, a model takes a schema"):
+            turns.check(constraint, tokenizer)

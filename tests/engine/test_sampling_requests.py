@@ -367,11 +367,15 @@ def test_logprobs_refuses() -> None:
 def test_guide(scale: float) -> None:
     positive, negative = torch.randn(2, 30), torch.randn(2, 30)
     mixed = guide(positive, negative, scale)
+    # The published formula gives the same probabilities.
     expected = scale * positive.log_softmax(-1) + (1 - scale) * negative.log_softmax(-1)
-    assert torch.allclose(mixed, expected, atol=1e-5)
+    assert torch.allclose(mixed.softmax(-1), expected.softmax(-1), atol=1e-5)
     # Only differences between logits count.
-    assert torch.allclose(guide(positive + 3, negative - 7, scale), mixed, atol=1e-4)
-    assert torch.allclose(guide(positive, negative, 1.0), positive.log_softmax(-1))
+    assert torch.allclose(guide(positive + 3, negative - 7, scale).softmax(-1), mixed.softmax(-1), atol=1e-4)
+    assert torch.equal(guide(positive, positive, scale), positive)
+    both = guide(positive, negative, torch.tensor([[scale], [1.0]]))
+    assert torch.equal(both[0], mixed[0])
+    assert torch.allclose(both[1], positive[1], atol=1e-5)
 
 
 def test_guide_keeps_bans() -> None:

@@ -116,10 +116,13 @@ def test_model_on_three_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [share.gpu for share in model.plan.shares] == [0, 2, 3]
     ids = tiny.prompt(40)
     assert_close(model.logits(ids), whole.logits(ids))
+    for layer, state in model.hidden_states(ids, [0, 2]).items():
+        assert_close(state, whole.hidden_states(ids, [layer])[layer])
 
     prompts = [tiny.prompt(length, seed=length) for length in (3, 30, 9, 1)]
     ours, theirs = (Generator(m, max_tokens=300, page_size=16, max_step_tokens=16, max_batch=3) for m in (model, whole))
-    for params in (SamplingParams(temperature=0, max_new_tokens=9), SamplingParams(seed=5, max_new_tokens=9)):
+    guidance = SamplingParams(temperature=0, max_new_tokens=6, guidance_scale=1.5, negative_prompt=prompts[0])
+    for params in (guidance, SamplingParams(temperature=0, max_new_tokens=9), SamplingParams(seed=5, max_new_tokens=9)):
         assert ours.generate(prompts, params) == theirs.generate(prompts, params)
     stream = ours.stream(prompts[1], SamplingParams(max_new_tokens=20))
     next(stream)
