@@ -5,7 +5,7 @@ new and cancelled requests, is told before each step. One message is a JSON obje
 
     generator    number of the generator it is about
     settings     how to make it, in its first message
-    requests     new ones: id, prompt, params, priority
+    requests     new ones: id, prompt, params, priority, lora (its id, or null)
     cancelled    ids of requests
     warm_up      true: warm up, there is no step
     released     numbers of generators that rank 0 has dropped since
@@ -45,7 +45,8 @@ class Turns:
         """Note a new request."""
         if self._is_heard:
             request = {"id": sequence.id, "params": asdict(sequence.params), "priority": sequence.priority}
-            self._requests.append({**request, "prompt": [*sequence.prompt, *sequence.healed]})
+            lora = None if sequence.lora is None else sequence.lora.id
+            self._requests.append({**request, "prompt": [*sequence.prompt, *sequence.healed], "lora": lora})
 
     def cancel(self, request: int) -> None:
         """Note that a request was cancelled."""
