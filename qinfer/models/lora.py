@@ -111,10 +111,8 @@ class Loras:
         """
         self.check(lora)
         if lora.num_users:
-            requests = "a request" if lora.num_users == 1 else f"{lora.num_users} requests"
-            raise ValueError(
-                f"the adapter {lora.name!r} cannot be unloaded while {requests} use it: let them finish, or cancel them"
-            )
+            users = "a request uses it" if lora.num_users == 1 else f"{lora.num_users} requests use it"
+            raise ValueError(f"the adapter {lora.name!r} cannot be unloaded while {users}: let them finish, or cancel")
         self.forget(lora.id)
 
     def forget(self, number: int) -> None:
