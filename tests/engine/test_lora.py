@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.models import adapters, tiny
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=9, ignore_eos=True)
 PROMPT = tiny.prompt(21)
+Texts: TypeAlias = list[tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +34,21 @@ def model(folder: Path) -> Model:
     return Model.load(folder / "model", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def want(folder: Path) -> Texts:
+    """What the model continues the prompt with, without and with each adapter: one whole pass per token."""
+    model, texts = Model.load(folder / "model", device="cpu"), []
+    for lora in load(model, folder):
+        ids = list(PROMPT)
+        for _ in range(GREEDY.max_new_tokens):
+            ids.append(int(model.logits(ids, lora=lora)[-1].argmax()))
+        texts.append(tuple(ids[len(PROMPT) :]))
+    assert len(set(texts)) == 3
+    return texts
+
+
 def load(model: Model, folder: Path) -> list[Lora | None]:
     return [None, *(model.load_lora(folder / f"adapter {seed}") for seed in (1, 2))]
-
-
-def greedy(model: Model, lora: Lora | None, count: int = 9) -> tuple[int, ...]:
-    """What the model continues the prompt with, one whole pass per token."""
-    ids = list(PROMPT)
-    for _ in range(count):
-        ids.append(int(model.logits(ids, lora=lora)[-1].argmax()))
-    return tuple(ids[len(PROMPT) :])
 
 
 def generator(model: Model, **options: int) -> Generator:
@@ -50,10 +57,8 @@ def generator(model: Model, **options: int) -> Generator:
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])
-def test_a_mixed_batch_is_each_alone(model: Model, folder: Path, draft_tokens: int) -> None:
+def test_a_mixed_batch_is_each_alone(model: Model, folder: Path, want: Texts, draft_tokens: int) -> None:
     loras = load(model, folder)
-    want = [greedy(model, lora) for lora in loras]
-    assert len(set(want)) == 3
     gen = generator(model, draft_tokens=draft_tokens)
     chosen = [0, 1, 2, 1, 0]
     done = gen.generate([PROMPT] * 5, GREEDY, lora=[loras[i] for i in chosen])
@@ -61,23 +66,22 @@ def test_a_mixed_batch_is_each_alone(model: Model, folder: Path, draft_tokens: i
     assert all(lora is None or lora.num_users == 0 for lora in loras)
 
 
-def test_pages_are_not_shared_between_adapters(model: Model, folder: Path) -> None:
+def test_pages_are_not_shared_between_adapters(model: Model, folder: Path, want: Texts) -> None:
     loras = load(model, folder)
     gen = generator(model)
     for expected in (0, 16):
-        for lora in loras:
+        for lora, text in zip(loras, want, strict=True):
             completion = gen.generate(PROMPT, GREEDY, lora=lora)
-            assert completion.cached_tokens == expected
-            assert completion.token_ids == greedy(model, lora)
+            assert (completion.cached_tokens, completion.token_ids) == (expected, text)
     # Nor are they taken for those of an adapter that comes into the slot of another.
     model.unload_lora(loras[1])
     again = model.load_lora(folder / "adapter 2")
     assert again.slot == 0
     completion = gen.generate(PROMPT, GREEDY, lora=again)
-    assert (completion.cached_tokens, completion.token_ids) == (0, greedy(model, loras[2]))
+    assert (completion.cached_tokens, completion.token_ids) == (0, want[2])
 
 
-def test_loading_and_unloading_while_requests_run(model: Model, folder: Path) -> None:
+def test_loading_and_unloading_while_requests_run(model: Model, folder: Path, want: Texts) -> None:
     gen = generator(model)
     plain = gen.submit(PROMPT, GREEDY)
     for _ in range(4):
@@ -93,8 +97,7 @@ def test_loading_and_unloading_while_requests_run(model: Model, folder: Path) ->
     while gen.scheduler.has_work:
         gen.step()
     gen.step()
-    assert plain.completion.token_ids == greedy(model, None)
-    assert with_first.completion.token_ids == greedy(model, first)
+    assert [plain.completion.token_ids, with_first.completion.token_ids] == want[:2]
     model.unload_lora(first)
     for start in (gen.submit, gen.generate, gen.stream):
         with pytest.raises(ValueError, match="'adapter 1' was unloaded"):
