@@ -49,9 +49,12 @@ class Turns:
             self._requests.append({**request, "prompt": [*sequence.prompt, *sequence.healed], "lora": lora})
 
     def cancel(self, request: int) -> None:
-        """Note that a request was cancelled."""
+        """Note that a request was cancelled; of one that was not told yet, nothing is told at all."""
         if self._is_heard:
-            self._cancelled.append(request)
+            others = [one for one in self._requests if one["id"] != request]
+            if len(others) == len(self._requests):
+                self._cancelled.append(request)
+            self._requests = others
 
     def warm_up(self) -> None:
         """Tell that this generator warms up now."""
