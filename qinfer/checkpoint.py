@@ -73,6 +73,34 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of one small safetensors file to the CPU.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The tensors by name; nothing of the file stays open.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        UnsupportedError: torch has no such dtype.
+    """
+    if not file.is_file():
+        raise CheckpointError(file, None, "is missing")
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            for name in stored.keys():  # noqa: SIM118  no dictionary
+                if (dtype := stored.get_slice(name).get_dtype()) not in _DTYPES:
+                    known = ", ".join(_DTYPES)
+                    raise UnsupportedError(f"{file}: {name}: dtype {dtype} cannot be read; these can: {known}")
+                tensors[name] = stored.get_tensor(name).clone()
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(file, None, f"cannot be read as safetensors: {problem}") from problem
+    return tensors
+
+
 class Checkpoint:
     """One folder with config.json and safetensors files.
 

@@ -12,6 +12,7 @@ from qinfer import Generator, Model, SamplingParams
 from qinfer.__main__ import main
 from qinfer.assets import STORYTELLER
 from qinfer.bench.__main__ import main as bench
+from tests.models import adapters
 
 PROMPT = "Once upon a time"
 
@@ -24,6 +25,20 @@ def test_generate_streams_a_story(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.out == PROMPT + completion.text + "\n"
     assert "tokens/s" in captured.err
     assert "finished: " in captured.err
+
+
+def test_generate_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters.save(tmp_path / "lora", STORYTELLER)
+    model = Model.load(STORYTELLER, device="cpu")
+    params = SamplingParams(temperature=0, max_new_tokens=9)
+    loras = (None, model.load_lora(tmp_path / "lora"))
+    texts = [Generator(model).generate(PROMPT, params, lora=lora).text for lora in loras]
+    assert texts[0] != texts[1]
+    options = ["-t", "0", "-n", "9", "--device", "cpu", "--lora"]
+    assert main(["generate", PROMPT, *options, str(tmp_path / "lora")]) == 0
+    assert capsys.readouterr().out == PROMPT + texts[1] + "\n"
+    assert main(["generate", PROMPT, *options, str(tmp_path)]) == 1
+    assert "adapter_config.json: is missing" in capsys.readouterr().err
 
 
 def test_the_same_seed_tells_the_same_story(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,9 +35,13 @@ def _repeat(model: Model, group: Group) -> None:
         for number in message.get("released", ()):
             generators.pop(number, None)
         if "layers" in message:
-            model.hidden_states(message["token_ids"], message["layers"])
+            model.hidden_states(message["token_ids"], message["layers"], lora=model.find_lora(message["lora"]))
         elif "token_ids" in message:
-            model.logits(message["token_ids"])
+            model.logits(message["token_ids"], lora=model.find_lora(message["lora"]))
+        elif "load_lora" in message:
+            model.load_lora(**message["load_lora"])
+        elif "unload_lora" in message:
+            model.forget_lora(message["unload_lora"])
         elif "settings" in message:
             generators[message["generator"]] = Generator(model, **message["settings"])
         elif "warm_up" in message:

@@ -28,6 +28,7 @@ from qinfer.engine.steering import Steering
 from qinfer.engine.steps import Sampled, StepRunner
 from qinfer.engine.turns import Turns, heard
 from qinfer.errors import NonFiniteLogits
+from qinfer.models.lora import Lora
 from qinfer.models.model import Model
 
 Prompt: TypeAlias = str | abc.Sequence[int]
@@ -170,18 +171,22 @@ class Generator:
         self.cache.move_pages(moves)
         return len(moves)
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Job:
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, lora: Lora | None = None
+    ) -> Job:
         """Queue a request; `step` runs it and returns its events.
 
         Args:
             prompt: Text, or token ids.
             params: How to sample; None means `SamplingParams()`.
             priority: Requests of a higher one go first, and are the last to give way when pages run out.
+            lora: The adapter to run with, of `Model.load_lora`; it cannot be unloaded until the request has finished.
 
         Raises:
-            ValueError: If the prompt is empty, holds an id that the model does not have, or is too long.
+            ValueError: If the prompt is empty, holds an id that the model does not have, or is too long, or the adapter
+                is not loaded.
         """
-        sequence = self._sequence(prompt, params)
+        sequence = self._sequence(prompt, params, lora)
         sequence.priority = priority
         return self._enqueue(sequence, self._events)
 
@@ -198,25 +203,32 @@ class Generator:
         return events
 
     @overload
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion: ...
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora | None = None
+    ) -> Completion: ...
 
     @overload
     def generate(
         self,
         prompt: list[Prompt] | list[str] | list[list[int]],
         params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        *,
+        lora: Lora | abc.Sequence[Lora | None] | None = None,
     ) -> list[Completion]: ...
 
     def generate(
         self,
         prompt: Prompt | abc.Sequence[Prompt],
         params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
+        *,
+        lora: Lora | abc.Sequence[Lora | None] | None = None,
     ) -> Completion | list[Completion]:
         """Complete one prompt, or several at once.
 
         Args:
             prompt: Text or token ids, or a list of either.
             params: One for all prompts, or a list with one for each.
+            lora: The adapter to run with, likewise.
 
         Returns:
             A completion for one prompt, a list in the order of the prompts for a list.
@@ -224,10 +236,12 @@ class Generator:
         single = isinstance(prompt, str) or not _holds_prompts(prompt)
         prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item, arg-type]
         several = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(several) != len(prompts):
-            raise ValueError(f"params must be one or a list of {len(prompts)}, one per prompt, got {len(several)}")
+        loras = [lora] * len(prompts) if lora is None or isinstance(lora, Lora) else list(lora)
+        for name, given in (("params", several), ("lora", loras)):
+            if len(given) != len(prompts):
+                raise ValueError(f"{name} must be one or a list of {len(prompts)}, one per prompt, got {len(given)}")
         # All are checked before the first is queued.
-        sequences = [self._sequence(*pair) for pair in zip(prompts, several, strict=True)]
+        sequences = [self._sequence(*given) for given in zip(prompts, several, loras, strict=True)]
         jobs = [self._enqueue(sequence, []) for sequence in sequences]
         try:
             while not all(job.finished for job in jobs):
@@ -238,19 +252,21 @@ class Generator:
         completions = [job.completion for job in jobs if job.completion is not None]
         return completions[0] if single else completions
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora | None = None
+    ) -> Iterator[Event]:
         """Complete one prompt and yield its events; closing the iterator cancels the request."""
-        return self._stream(self._sequence(prompt, params))
+        return self._stream(self._sequence(prompt, params, lora))
 
     def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, lora: Lora | None = None
     ) -> AsyncIterator[Event]:
         """Complete one prompt and yield its events to an asyncio task; any number of tasks may do so at a time.
 
         Steps run in a thread. While a stream is open, use no other method of the generator. A request that fails has
         the error in its last event.
         """
-        sequence = self._sequence(prompt, params)
+        sequence = self._sequence(prompt, params, lora)
         sequence.priority = priority
         return self._front.stream(lambda events: self._enqueue(sequence, events))
 
@@ -270,17 +286,21 @@ class Generator:
     def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
         """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
         for request in requests:
-            params = heard(request, self.model.tokenizer)
-            sequence = self._sequence(request["prompt"], params, number=request["id"])
+            lora, params = self.model.find_lora(request["lora"]), heard(request, self.model.tokenizer)
+            sequence = self._sequence(request["prompt"], params, lora, number=request["id"])
             sequence.priority = request["priority"]
             self._enqueue(sequence, [])
         for number in cancelled:
             self._jobs[number].cancel()
         self._advance()
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams | None, *, number: int | None = None) -> Sequence:
+    def _sequence(
+        self, prompt: Prompt, params: SamplingParams | None, lora: Lora | None, *, number: int | None = None
+    ) -> Sequence:
         """Check a request against the model and the pool."""
         params = params or SamplingParams()
+        if lora is not None:
+            self.model.check_lora(lora)
         params.check_vocabulary(self.model.config.vocab_size)
         ids = tuple(self.model.check_token_ids(self._encode(prompt)))
         for name in ("stop", "banned_strings", "token_healing"):
@@ -298,7 +318,7 @@ class Generator:
         healed, healing = self._healing(ids) if params.token_healing else ((), None)
         ids = ids[: len(ids) - len(healed)]
         number = next(self._ids) if number is None else number
-        sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing)
+        sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing, lora=lora)
         if params.constraint is not None:
             self.turns.check(params.constraint, self.model.tokenizer)
             sequence.steering = Steering(params.constraint, ends, self.model.config.vocab_size)
@@ -341,6 +361,8 @@ class Generator:
     def _enqueue(self, sequence: Sequence, events: list[Event]) -> Job:
         """Queue a checked sequence whose events go to `events`."""
         rewind = self.scheduler.rewind
+        if sequence.lora is not None:
+            sequence.lora.acquire()
         job = Job(sequence, self.model.tokenizer, events, release=self._release, rewind=rewind)
         self.scheduler.add(sequence)
         self.turns.request(sequence)
@@ -352,6 +374,8 @@ class Generator:
         self.scheduler.finish(sequence, reason)
         if reason == "cancelled":
             self.turns.cancel(sequence.id)
+        if sequence.lora is not None:
+            sequence.lora.release()
         del self._jobs[sequence.id]
 
     def _advance(self) -> None:

@@ -4,6 +4,7 @@ Two kinds of steps have rooms, as wide in pages as the longest sequence allowed:
 - Decode: one token per sequence, sizes rounded up to buckets 1, 2, 4, 8, …
 - Mixed: streams beside prompts or drafts, tokens rounded up to 16, 32, 64 and multiples of 64, with sequences and rows
   of logits for a full batch. Launching their kernels one by one takes the host longer than running them takes the GPU.
+Steps in which somebody has an adapter are recorded apart, so that the others do without.
 
 A room owns the buffer of a `Batch`; a step copies its own buffer over that one and replays. What a step leaves unused
 carries slot -1 and context length 0: it writes nothing and reads nothing. Its attention gives zeros and its other rows
@@ -15,7 +16,7 @@ All graphs allocate from one memory pool, so the logits of a step are overwritte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class GraphRunner:
         self._decoder = decoder
         self._cache = cache
         self._device = torch.device(cache.device)
-        self._captured: dict[Room, _Captured] = {}
+        self._captured: dict[tuple[Room, bool], _Captured] = {}  # by room, and whether there are adapters
 
     def bucket(self, num_rows: int) -> int:
         """Return the size to which a step of `num_rows` sequences is padded.
@@ -100,11 +101,19 @@ class GraphRunner:
         fits = (room for room in self.mixed if all(has <= may for has, may in zip(used, room, strict=True)))
         return next(fits, None)
 
-    def capture_all(self) -> None:
-        """Record every room now, largest first so that the smaller ones fit into its memory."""
-        for room in (*reversed(self.mixed), *map(Room.of_rows, reversed(self.buckets))):
-            if room not in self._captured:
-                self._captured[room] = self._capture(room)
+    def capture_all(self, *, has_adapters: bool = False) -> None:
+        """Record every room now, largest first so that the smaller ones fit into its memory.
+
+        Args:
+            has_adapters: Whether to record the steps with adapters as well.
+        """
+        for adapted in (False, True)[: 1 + has_adapters]:
+            for room in (*reversed(self.mixed), *map(Room.of_rows, reversed(self.buckets))):
+                self._find(room, has_adapters=adapted)
+
+    def forget_adapters(self) -> None:
+        """Forget the steps with adapters: these have moved to other buffers."""
+        self._captured = {key: captured for key, captured in self._captured.items() if not key[1]}
 
     def run(self, batch: Batch) -> Tensor:
         """Replay the step on a batch that was padded to a room, with `table_width=table_width`.
@@ -119,12 +128,17 @@ class GraphRunner:
                 f"batch must have one token per row and rows in {self.buckets}, or a room in {self.mixed}, and a page "
                 f"table {self.table_width} wide; got {room} and a table {batch.page_table.shape[1]} wide"
             )
-        if room not in self._captured:
-            self._captured[room] = self._capture(room)
-        captured = self._captured[room]
+        captured = self._find(room, has_adapters=batch.has_adapters)
         captured.batch.buffer.copy_(batch.buffer, non_blocking=True)
         captured.graph.replay()
         return captured.logits
+
+    def _find(self, room: Room, *, has_adapters: bool) -> _Captured:
+        """Return a room, recorded now if it was not yet."""
+        key = (room, has_adapters)
+        if key not in self._captured:
+            self._captured[key] = self._capture(room, has_adapters=has_adapters)
+        return self._captured[key]
 
     def _sizes(self, room: Room) -> dict[str, int]:
         """Return the sizes of a room's fields."""
@@ -134,24 +148,25 @@ class GraphRunner:
         """Return the length of a room's buffer."""
         return Batch.buffer_length(**self._sizes(room))
 
-    def _padding(self, room: Room) -> Batch:
+    def _padding(self, room: Room, *, has_adapters: bool = False) -> Batch:
         """Return a room of nothing but padding, so that recording leaves the cache as it is."""
         buffer = torch.zeros(self._buffer_length(room), dtype=torch.int32, device=self._device)
         is_decode = room == Room.of_rows(room.sequences)
         # Any piece of a mixed step may be as long as the step.
         batch = Batch.views(buffer, **self._sizes(room), max_query_len=1 if is_decode else room.tokens)
         batch.slots.fill_(-1)
+        batch.adapters.fill_(-1)
         batch.page_table.fill_(-1)
         starts = torch.arange(room.sequences + 1, dtype=torch.int32).clamp_(max=room.tokens)
         starts[-1] = room.tokens
         batch.query_starts.copy_(starts)
         batch.logit_rows.copy_(torch.arange(room.logits).clamp_(max=room.tokens - 1))
-        return batch
+        return replace(batch, has_adapters=has_adapters)
 
-    def _capture(self, room: Room) -> _Captured:
+    def _capture(self, room: Room, *, has_adapters: bool) -> _Captured:
         """Run the step a few times on a stream of its own, then record it."""
         with torch.cuda.device(self._device):
-            batch = self._padding(room)
+            batch = self._padding(room, has_adapters=has_adapters)
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

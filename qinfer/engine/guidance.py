@@ -24,7 +24,14 @@ from qinfer.engine.sequence import Sequence
 def shadow_of(sequence: Sequence, negative: Many[int]) -> Sequence:
     """Return what goes along with a sequence on the negative prompt; it never samples and is never told about."""
     params = replace(sequence.params, prompt_logprobs=None)
-    return Sequence(-1 - sequence.id, tuple(negative), params, sequence.sampler, generated=sequence.generated)
+    return Sequence(
+        -1 - sequence.id,
+        tuple(negative),
+        params,
+        sequence.sampler,
+        lora=sequence.lora,
+        generated=sequence.generated,
+    )
 
 
 def guided(sequences: Many[Sequence], logits: Tensor) -> tuple[Tensor, Tensor]:

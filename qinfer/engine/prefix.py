@@ -1,6 +1,8 @@
 """Keys of whole pages: a page is the same as another when it and everything before it hold the same tokens.
 
-    key_0 = hash(ids of page 0) · key_i = hash(key_{i-1}, ids of page i)
+    key_0 = hash(adapter, ids of page 0) · key_i = hash(key_{i-1}, ids of page i)
+
+Keys and values depend on the adapter that computed them, whose number is never given to another.
 
 Keys are 128 bits of blake2b. Only whole pages have one: what a sequence shares is never written again, since its next
 token goes to a page behind it.
@@ -26,7 +28,7 @@ def keys(sequence: Sequence, count: int, page_size: int) -> list[bytes]:
     known = sequence.page_keys
     for index in range(len(known), count):
         ids = np.array(sequence.ids(index * page_size, (index + 1) * page_size), dtype=np.int32)
-        before = known[-1] if known else b""
+        before = known[-1] if known else b"" if sequence.lora is None else b"lora %d:" % sequence.lora.id
         known.append(hashlib.blake2b(before + ids.tobytes(), digest_size=_KEY_BYTES).digest())
     return known[:count]
 

@@ -7,6 +7,7 @@ when a buffer comes round again, the ids of its step have been on the host, and 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -31,11 +32,13 @@ class _Buffer:
         self.token_ids: Ints = self.batch.token_ids.numpy()
         self.positions: Ints = self.batch.positions.numpy()
         self.slots: Ints = self.batch.slots.numpy()
+        self.adapters: Ints = self.batch.adapters.numpy()
         self.context_lens: Ints = self.batch.context_lens.numpy()
         self.page_table: Ints = self.batch.page_table.numpy()
         self.batch.query_starts.numpy()[:] = np.arange(num_rows + 1)
         self.batch.logit_rows.numpy()[:] = np.arange(num_rows)
         self.slots[:] = -1
+        self.adapted = replace(self.batch, has_adapters=True)
         # Of each row: whose pages it holds, of which allocation, and how many.
         self.owners = [(-1, 0, 0)] * num_rows
 
@@ -75,8 +78,10 @@ class DecodeRows:
         page, offset = np.divmod(positions, self._page_size)
         buffer.slots[:count] = buffer.page_table[self._arange[:count], page] * self._page_size + offset
         buffer.context_lens[:count] = positions + 1
+        buffer.adapters[:count] = [sequence.adapter for sequence in sequences]
         buffer.token_ids[count:] = 0
         buffer.positions[count:] = 0
         buffer.slots[count:] = -1
+        buffer.adapters[count:] = -1
         buffer.context_lens[count:] = 0
-        return buffer.batch
+        return buffer.adapted if buffer.adapters.max() >= 0 else buffer.batch

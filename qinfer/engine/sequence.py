@@ -11,6 +11,7 @@ from torch import Tensor
 from qinfer.engine.draft import NgramDraft
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams
 from qinfer.engine.steering import Steering
+from qinfer.models.lora import Lora
 
 
 class State(enum.Enum):
@@ -43,6 +44,7 @@ class Sequence:
     steering: Steering | None = None  # where it stands in its constraint
     priority: int = 0  # higher ones go first
     shadow: Sequence | None = None  # the same text behind the negative prompt, see engine/guidance.py
+    lora: Lora | None = None  # the adapter it runs with
     drafter: NgramDraft | None = None
     drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
     generated: list[int] = field(default_factory=list)  # ids that are on the host
@@ -86,6 +88,11 @@ class Sequence:
     def wants_more(self) -> bool:
         """Whether another token would still be within the limit."""
         return self.num_tokens < self.max_tokens
+
+    @property
+    def adapter(self) -> int:
+        """The slot of its adapter; -1 without one."""
+        return -1 if self.lora is None else self.lora.slot
 
     @property
     def newest(self) -> int:

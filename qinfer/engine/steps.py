@@ -137,6 +137,7 @@ class StepRunner:
         self._on_gpu = model.device.type == "cuda"
         # Two, because the ids of one step are read after the copy of the next may have been launched.
         self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
+        self._decoder = model.decoder  # whose steps are recorded
         self.graphs: GraphRunner | None = None
         if self._on_gpu:
             self.graphs = GraphRunner(
@@ -158,7 +159,7 @@ class StepRunner:
         if len(complete) == len(step) == sum(count for _, count in step):
             logits = self._decode(complete)
         else:
-            pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(s, n)) for s, n in step]
+            pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(s, n), s.adapter) for s, n in step]
             logits = self._mixed(pieces, is_beside_streams=any(s.num_computed >= len(s.prompt) for s, _ in step))
             if any(sequence.unscored(count) for sequence, count in step):
                 logits, scores = take_scores(step, pieces, logits)
@@ -211,15 +212,18 @@ class StepRunner:
         Kernels are compiled per kind of size: one token, a multiple of 16, and neither, around each power of two, for
         prompts alone and beside streams; and once per way of sampling.
         """
+        adapter = 0 if self._model.loras else -1
         if self.graphs is not None:
-            self.graphs.capture_all()
+            self._forget_moved_adapters()
+            self.graphs.capture_all(has_adapters=adapter >= 0)
         max_batch, room = len(self._sampled), self._table_width * self._page_size
         # What stands in the pages does not matter, and page 0 is there in any pool.
         single = Piece([0], 0, [0], "last")
         for length in _sizes(min(max_step_tokens, room)):
             # Attention cuts keys into runs where a step has few programs for many keys.
             for start in {0, room - length}:
-                prompt = Piece([0] * length, start, [0] * -(-(start + length) // self._page_size), "last")
+                pages = [0] * -(-(start + length) // self._page_size)
+                prompt = Piece([0] * length, start, pages, "last", adapter)
                 several = [prompt] * min(max_batch, max_step_tokens // length)
                 for pieces in ([prompt], [prompt, single], [single] * (max_batch - 1) + [prompt], several):
                     batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
@@ -256,7 +260,14 @@ class StepRunner:
             pad_to=room,
             table_width=self._table_width,
         )
+        self._forget_moved_adapters()
         return self.graphs.run(batch)[: used.logits]
+
+    def _forget_moved_adapters(self) -> None:
+        """Forget what was recorded with adapters whose buffers the model has replaced since."""
+        if self.graphs is not None and self._decoder is not self._model.decoder:
+            self._decoder = self._model.decoder
+            self.graphs.forget_adapters()
 
     def _decode(self, sequences: Rows[Sequence]) -> Tensor:
         """Run a step of one token per sequence, through a recorded graph where there are graphs."""
@@ -266,5 +277,6 @@ class StepRunner:
                 size, table_width=self._table_width, page_size=self._page_size, pin=self._on_gpu
             )
         batch = self._decode_rows[size].fill(sequences)
+        self._forget_moved_adapters()
         logits = self._forward(batch, self._cache) if self.graphs is None else self.graphs.run(batch)
         return logits[: len(sequences)]

@@ -5,7 +5,7 @@ new and cancelled requests, is told before each step. One message is a JSON obje
 
     generator    number of the generator it is about
     settings     how to make it, in its first message
-    requests     new ones: id, prompt, params, priority, and what their constraint is compiled from
+    requests     new ones: id, prompt, params, priority, lora (its id, or null), and what their constraint is made of
     cancelled    ids of requests
     warm_up      true: warm up, there is no step
     released     numbers of generators that rank 0 has dropped since
@@ -57,6 +57,7 @@ class Turns:
                     "prompt": [*sequence.prompt, *sequence.healed],
                     "params": asdict(replace(sequence.params, constraint=None)),
                     "priority": sequence.priority,
+                    "lora": None if sequence.lora is None else sequence.lora.id,
                     "grammar": constraint.source if isinstance(constraint, Grammar) else None,
                 }
             )
@@ -71,9 +72,12 @@ class Turns:
             )
 
     def cancel(self, request: int) -> None:
-        """Note that a request was cancelled."""
+        """Note that a request was cancelled; of one that was not told yet, nothing is told at all."""
         if self._is_heard:
-            self._cancelled.append(request)
+            others = [one for one in self._requests if one["id"] != request]
+            if len(others) == len(self._requests):
+                self._cancelled.append(request)
+            self._requests = others
 
     def warm_up(self) -> None:
         """Tell that this generator warms up now."""

@@ -4,14 +4,14 @@ All fields are views of one flat int32 buffer, so a step costs one copy to the d
 copying the buffer of a batch of the same sizes over its own. Order of the fields in the buffer, each starting at a
 multiple of 16 bytes (kernels are specialised on pointer alignment, which must not change with T):
 
-    token_ids [T] · positions [T] · slots [T] · query_starts [B + 1] · context_lens [B] · logit_rows [R]
+    token_ids [T] · positions [T] · slots [T] · adapters [T] · query_starts [B + 1] · context_lens [B] · logit_rows [R]
     · page_table [B, W]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple
@@ -51,6 +51,7 @@ class Piece:
     # no layer sees any more.
     pages: Sequence[int]
     wants_logits: Literal["all", "last", "none"]
+    adapter: int = -1  # slot of the adapter (models/lora.py) that it runs with; -1: none
 
 
 def _shapes(T: int, B: int, W: int, R: int) -> dict[str, tuple[int, ...]]:
@@ -59,6 +60,7 @@ def _shapes(T: int, B: int, W: int, R: int) -> dict[str, tuple[int, ...]]:
         "token_ids": (T,),
         "positions": (T,),
         "slots": (T,),
+        "adapters": (T,),
         "query_starts": (B + 1,),
         "context_lens": (B,),
         "logit_rows": (R,),
@@ -78,12 +80,14 @@ class Batch:
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
     slots: Tensor  # [T] page * page_size + offset where the token's key goes; -1: nowhere
+    adapters: Tensor  # [T] slot of the adapter of the token's sequence; -1: none
     query_starts: Tensor  # [B+1] sequence b owns tokens query_starts[b] ... query_starts[b+1] - 1
     context_lens: Tensor  # [B] tokens of the sequence including the new ones; 0: a padding row
     logit_rows: Tensor  # [R] tokens whose logits are wanted, ascending
     page_table: Tensor  # [B, W] entries beyond a sequence's last page, and behind its windows, are not to be read
     buffer: Tensor  # [...] everything above
     max_query_len: int  # longest piece
+    has_adapters: bool = False  # whether `adapters` is looked at, as it need not be where all are -1
 
     @classmethod
     def views(cls, buffer: Tensor, *, T: int, B: int, W: int, R: int, max_query_len: int) -> Batch:
@@ -108,7 +112,7 @@ class Batch:
             name: buffer[offset : offset + prod(shape)].view(shape)
             for (name, shape), offset in zip(shapes.items(), offsets, strict=False)
         }
-        return cls(**fields, buffer=buffer, max_query_len=max_query_len)
+        return cls(**fields, buffer=buffer, max_query_len=max_query_len, has_adapters=False)
 
     @staticmethod
     def buffer_length(*, T: int, B: int, W: int, R: int) -> int:
@@ -160,12 +164,13 @@ class Batch:
         batch.logit_rows.numpy()[:] = logit_rows
         batch._fill(pieces, needed, page_size)
         # The caching host allocator keeps pinned memory from being reused until the copy is done.
-        return cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=max(lengths))
+        batch = cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=max(lengths))
+        return replace(batch, has_adapters=True) if any(piece.adapter >= 0 for piece in pieces) else batch
 
     def _fill(self, pieces: Sequence[Piece], needed: Sequence[int], page_size: int) -> None:
         """Write tokens, positions, slots, lengths and page tables; rows without a piece become padding."""
         token_ids, positions, slots = self.token_ids.numpy(), self.positions.numpy(), self.slots.numpy()
-        context_lens, page_table = self.context_lens.numpy(), self.page_table.numpy()
+        context_lens, page_table, adapters = self.context_lens.numpy(), self.page_table.numpy(), self.adapters.numpy()
         first = 0
         page_table[:] = -1
         for row, (piece, num_pages) in enumerate(zip(pieces, needed, strict=True)):
@@ -174,12 +179,14 @@ class Batch:
             page_table[row, :num_pages] = piece.pages[:num_pages]
             token_ids[first:last] = piece.token_ids
             positions[first:last] = np.arange(piece.start, end)
+            adapters[first:last] = piece.adapter
             page, offset = np.divmod(positions[first:last], page_size)
             slots[first:last] = page_table[row, page] * page_size + offset
             first = last
         token_ids[first:] = 0
         positions[first:] = 0
         slots[first:] = -1
+        adapters[first:] = -1
         context_lens[len(pieces) :] = 0
 
 

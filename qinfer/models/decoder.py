@@ -55,7 +55,7 @@ class Block:
         x = self.attention_norm(residual, delta)
         delta = self.comm.all_reduce(self.attention(x, batch, cache))
         x = self.mlp_norm(residual, delta)
-        return self.comm.all_reduce(self.mlp(x))
+        return self.comm.all_reduce(self.mlp(x, batch))
 
 
 @dataclass(frozen=True)

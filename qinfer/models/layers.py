@@ -24,6 +24,7 @@ from qinfer.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from qinfer.kernels.silu_mul import silu_mul
 from qinfer.models.batch import Batch
 from qinfer.models.config import RopeConfig
+from qinfer.models.lora_stack import LoraStack
 from qinfer.quant import join
 
 
@@ -232,6 +233,8 @@ class Attention:
     out: Output
     rope: RopeTable
     norm: HeadNorm | None = None
+    qkv_lora: LoraStack | None = None
+    out_lora: LoraStack | None = None
 
     def __call__(self, x: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Write keys and values of the new tokens, then attend.
@@ -244,7 +247,10 @@ class Attention:
         Returns:
             [S, T, C], whose sum over S is the result.
         """
-        q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv.split(self.qkv(x)))
+        qkv = self.qkv(x)
+        if self.qkv_lora is not None:
+            self.qkv_lora.add(x, batch, qkv)
+        q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv.split(qkv))
         pages, rope, norm = cache.pages(self.layer), self.rope, self.norm
         rope_write(
             q,
@@ -271,7 +277,10 @@ class Attention:
             window=self.window,
             order=self.out.order,
         )
-        return self.out.in_parts(mixed, out_dtype=torch.float32)
+        parts = self.out.in_parts(mixed, out_dtype=torch.float32)
+        if self.out_lora is not None:
+            self.out_lora.add(mixed, batch, parts[0])
+        return parts
 
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices."""
@@ -290,11 +299,19 @@ class GatedMLP:
 
     gate_up: MergedLinear
     down: Output
+    gate_up_lora: LoraStack | None = None
+    down_lora: LoraStack | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Return [S, T, C] fp32 for x [T, C] in the order of `gate_up`; the sum over S is the result."""
-        hidden = silu_mul(self.gate_up.in_parts(x), order=self.down.order, out_dtype=x.dtype)
-        return self.down.in_parts(hidden, out_dtype=torch.float32)
+        gate_up = self.gate_up.in_parts(x)
+        if self.gate_up_lora is not None:
+            self.gate_up_lora.add(x, batch, gate_up[0])
+        hidden = silu_mul(gate_up, order=self.down.order, out_dtype=x.dtype)
+        parts = self.down.in_parts(hidden, out_dtype=torch.float32)
+        if self.down_lora is not None:
+            self.down_lora.add(hidden, batch, parts[0])
+        return parts
 
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices."""

@@ -18,6 +18,7 @@ from qinfer.models.architectures import name_map, read_config
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.config import ModelConfig
 from qinfer.models.decoder import Decoder
+from qinfer.models.lora import Lora, Loras
 from qinfer.models.placement import place, sizes_of
 from qinfer.parallel.comm import Alone, Communicator, Group
 from qinfer.parallel.plan import Plan
@@ -43,7 +44,7 @@ class Model:
 
     Attributes:
         config: what the model is.
-        decoder: batches and a cache in, logits out.
+        decoder: batches and a cache in, logits out; another one where adapters are loaded.
         device: where it runs.
         dtype: dtype of its activations; the residual stream is fp32 whatever it is.
         tokenizer: text to token ids and back; None when the model has none.
@@ -68,6 +69,8 @@ class Model:
         self.dtype = dtype
         self.tokenizer = tokenizer
         self.plan = plan
+        share = None if plan is None else plan.shares[decoder.comm.rank]
+        self._loras = Loras(config, decoder, share, dtype)
         self.eos_ids = config.eos_ids | (frozenset() if tokenizer is None else tokenizer.eos_ids)
 
     @classmethod
@@ -140,27 +143,77 @@ class Model:
         """End the processes that share the model, which cannot run any more; nothing happens if there are none."""
         self.comm.close()
 
-    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The adapters that are loaded, the oldest first."""
+        return self._loras.loaded
+
+    def load_lora(self, path: str | Path, *, name: str | None = None) -> Lora:
+        """Load a LoRA adapter beside those that are loaded already; requests choose theirs.
+
+        Between two steps of a generator, or before the first, and in its thread.
+
+        Args:
+            path: folder with adapter_config.json and adapter_model.safetensors, as PEFT saves them.
+            name: what errors call it; None takes the name of the folder.
+
+        Returns:
+            What `Generator.submit(..., lora=...)` and its like take.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or does not fit the model.
+            UnsupportedError: the adapter does something that is not done here.
+        """
+        lora, self.decoder = self._loras.load(path, name, self.decoder)
+        # What rank 0 can read and place, the others can, if they see the same files.
+        self.comm.tell({"load_lora": {"path": str(Path(path).resolve()), "name": lora.name}})
+        return lora
+
+    def unload_lora(self, lora: Lora) -> None:
+        """Forget an adapter; its place is taken by the next one.
+
+        Raises:
+            ValueError: it is not loaded, or a request that uses it has not finished.
+        """
+        self._loras.unload(lora)
+        self.comm.tell({"unload_lora": lora.id})
+
+    def forget_lora(self, number: int) -> None:
+        """Forget an adapter because rank 0 has: requests that it has cancelled may not be known as such here yet."""
+        self._loras.forget(number)
+
+    def find_lora(self, number: int | None) -> Lora | None:
+        """Return the loaded adapter of an id; None for None."""
+        return None if number is None else self._loras.find(number)
+
+    def check_lora(self, lora: Lora) -> None:
+        """Raise ValueError unless this model has loaded an adapter."""
+        self._loras.check(lora)
+
+    def logits(self, token_ids: Sequence[int] | Tensor, *, lora: Lora | None = None) -> Tensor:
         """Score a text: the logits behind every one of its tokens.
 
         Args:
             token_ids: [T] ids, from 1 to config.max_positions of them.
+            lora: the adapter to run with.
 
         Returns:
             [T, V] fp32 on the model's device; row t holds the logits of the token that follows token t.
 
         Raises:
-            ValueError: there are no ids or too many, or one is out of range.
+            ValueError: there are no ids or too many, one is out of range, or the adapter is not loaded.
             TypeError: the ids are not integers.
         """
-        ids = self._check_text(token_ids)
-        self.comm.tell({"token_ids": ids})
+        ids = self._check_text(token_ids, lora)
+        self.comm.tell({"token_ids": ids, "lora": None if lora is None else lora.id})
         logits = torch.empty(len(ids), self.config.vocab_size, dtype=torch.float32, device=self.device)
-        for rows, batch, cache in self._chunks(ids):
+        for rows, batch, cache in self._chunks(ids, lora):
             logits[rows] = self.decoder(batch, cache)
         return logits
 
-    def hidden_states(self, token_ids: Sequence[int] | Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    def hidden_states(
+        self, token_ids: Sequence[int] | Tensor, layers: Sequence[int], *, lora: Lora | None = None
+    ) -> dict[int, Tensor]:
         """Return the residual stream of a text between blocks.
 
         Layer i is what the first i blocks leave: 0 is the embedding and config.num_layers the input of the last norm.
@@ -170,38 +223,41 @@ class Model:
         Args:
             token_ids: [T] ids, from 1 to config.max_positions of them.
             layers: numbers of blocks, each from 0 to config.num_layers.
+            lora: the adapter to run with.
 
         Returns:
             Layer -> [T, C] fp32 on the model's device.
 
         Raises:
-            ValueError: there are no ids or too many, one is out of range, or a layer is.
+            ValueError: there are no ids or too many, one is out of range, a layer is, or the adapter is not loaded.
             TypeError: the ids or the layers are not integers.
         """
-        ids, wanted = self._check_text(token_ids), sorted({index(layer) for layer in layers})
+        ids, wanted = self._check_text(token_ids, lora), sorted({index(layer) for layer in layers})
         if not wanted or not 0 <= wanted[0] <= wanted[-1] <= self.config.num_layers:
             raise ValueError(f"layers must be from 0 to {self.config.num_layers}, at least one, got {list(layers)}")
-        self.comm.tell({"token_ids": ids, "layers": wanted})
+        self.comm.tell({"token_ids": ids, "lora": None if lora is None else lora.id, "layers": wanted})
         shape = (len(ids), self.config.hidden_size)
         states = {layer: torch.empty(shape, dtype=torch.float32, device=self.device) for layer in wanted}
-        for rows, batch, cache in self._chunks(ids):
+        for rows, batch, cache in self._chunks(ids, lora):
             for layer, state in self.decoder.residuals(batch, cache, wanted).items():
                 states[layer][rows] = state
         return states
 
-    def _check_text(self, token_ids: Sequence[int] | Tensor) -> list[int]:
-        """Return the ids of a text as a list, after checking them and their number."""
+    def _check_text(self, token_ids: Sequence[int] | Tensor, lora: Lora | None) -> list[int]:
+        """Return the ids of a text as a list, after checking them, their number and the adapter."""
         ids = self.check_token_ids(token_ids)
+        if lora is not None:
+            self.check_lora(lora)
         if len(ids) > self.config.max_positions:
             raise ValueError(f"token_ids must be at most {self.config.max_positions} for this model, got {len(ids)}")
         return ids
 
-    def _chunks(self, ids: Sequence[int]) -> Iterator[tuple[slice, Batch, PagedKVCache]]:
+    def _chunks(self, ids: Sequence[int], lora: Lora | None) -> Iterator[tuple[slice, Batch, PagedKVCache]]:
         """Yield a text as steps over a cache of its own, with their rows."""
-        page_size = 256
+        page_size, adapter = 256, -1 if lora is None else lora.slot
         cache = self.new_cache(-(-len(ids) // page_size), page_size=page_size)
         for start in range(0, len(ids), CHUNK):
-            piece = Piece(ids[start : start + CHUNK], start, range(cache.num_pages), "all")
+            piece = Piece(ids[start : start + CHUNK], start, range(cache.num_pages), "all", adapter)
             yield slice(start, start + CHUNK), Batch.build([piece], page_size=page_size, device=self.device), cache
 
     def check_token_ids(self, token_ids: Sequence[int] | Tensor) -> list[int]:

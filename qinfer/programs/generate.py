@@ -48,6 +48,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     constraints.add_argument("--regex", metavar="REGEX", help="write a text that REGEX matches as a whole")
     constraints.add_argument("--grammar", metavar="FILE", help="write a text of the Lark grammar in FILE")
     parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=KV_FORMAT_HELP)
+    parser.add_argument("--lora", metavar="DIR", help="folder of an adapter, as PEFT saves them, to run with")
     parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
     parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="divide the model: GB to use of each GPU")
@@ -94,11 +95,12 @@ def _stream(model: Model, prompt: str, params: SamplingParams, options: argparse
         raise ValueError(f"{options.model} has no tokenizer.json, which a text prompt needs")
     params = replace(params, constraint=_constraint(options, model.tokenizer))
     max_tokens = len(model.tokenizer.encode(prompt)) + params.max_new_tokens
+    lora = None if options.lora is None else model.load_lora(options.lora)
     generator = Generator(model, kv_format=options.kv_format, max_tokens=max_tokens, max_batch=1)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     first = completion = None
-    for event in generator.stream(prompt, params):
+    for event in generator.stream(prompt, params, lora=lora):
         first = first or time.perf_counter()
         print(event.text, end="", flush=True)
         completion = event.completion

@@ -103,10 +103,10 @@ def test_bad_pieces(pieces: list[Piece], options: dict[str, Room | int], message
         Batch.build(pieces, page_size=16, device="cpu", **options)
 
 
-@pytest.mark.parametrize("buffer", [torch.zeros(3, dtype=torch.int32), torch.zeros(28, dtype=torch.int64)])
+@pytest.mark.parametrize("buffer", [torch.zeros(3, dtype=torch.int32), torch.zeros(32, dtype=torch.int64)])
 def test_views_refuse_another_buffer(buffer: torch.Tensor) -> None:
-    assert Batch.buffer_length(T=1, B=1, W=1, R=1) == 28
-    with pytest.raises(ValueError, match=r"buffer must be \[28\] int32"):
+    assert Batch.buffer_length(T=1, B=1, W=1, R=1) == 32
+    with pytest.raises(ValueError, match=r"buffer must be \[32\] int32"):
         Batch.views(buffer, T=1, B=1, W=1, R=1, max_query_len=1)
 
 

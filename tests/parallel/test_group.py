@@ -25,7 +25,7 @@ from qinfer.models.model import Model
 from qinfer.parallel.link import Limits
 from qinfer.parallel.spawn import Children, join, lead
 from tests.compare import assert_close
-from tests.models import tiny
+from tests.models import adapters, tiny
 from tests.parallel.ranks import check_collectives
 from tests.parallel.test_shards import write
 
@@ -107,8 +107,8 @@ def catch_children(monkeypatch: pytest.MonkeyPatch) -> list[Children]:
     return caught
 
 
-def test_model_on_three_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits, greedy and seeded text, streams that are left early; then a rank is killed while it decodes."""
+def test_model_on_three_ranks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, greedy and seeded text, streams left early, adapters; then a rank is killed while it decodes."""
     children = catch_children(monkeypatch)
     whole = Model.load(folder, device="cpu")
     model = Model.load(folder, device="cpu", gpus=[0.02, 0, 0.012, 0.01], cache_tokens=100)
@@ -134,6 +134,20 @@ def test_model_on_three_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     again = Generator(model, max_tokens=300, page_size=16)
     assert again.generate(prompts, params) == theirs.generate(prompts, params)
     assert again.pages.num_used == 0
+
+    adapters.save(tmp_path / "lora", folder)
+    lora, same = (m.load_lora(tmp_path / "lora") for m in (model, whole))
+    again.submit(prompts[0], params, lora=lora)
+    again.step()
+    again.submit(prompts[1], params, lora=lora)
+    for sequence in [*again.scheduler.running, *again.scheduler.waiting]:
+        again._jobs[sequence.id].cancel()
+    # The others have not heard of it yet.
+    model.unload_lora(lora)
+    lora = model.load_lora(tmp_path / "lora")
+    assert_close(model.logits(ids, lora=lora), whole.logits(ids, lora=same))
+    loras = ([None, lora, lora, None], [None, same, same, None])
+    assert again.generate(prompts, params, lora=loras[0]) == theirs.generate(prompts, params, lora=loras[1])
 
     os.kill(children[0].pids[1], signal.SIGKILL)
     with fails("rank 2 ended unexpectedly", within=10):
