@@ -118,6 +118,11 @@ class Tokenizer:
             return [token_id]
         return [other for other, text in self._spellings.items() if text.startswith(spelling)]
 
+    def first_difference(self, other: Tokenizer) -> str | None:
+        """Return a token that has not the same id in two tokenizers; None if they agree."""
+        ours, theirs = (one._backend.get_vocab(with_added_tokens=True) for one in (self, other))
+        return min((token for token, _ in ours.items() ^ theirs.items()), default=None)
+
     @cached_property
     def _spellings(self) -> dict[int, str]:
         """How the vocabulary spells its tokens, which is not their text but begins alike where the text does."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qinfer.engine.draft import NgramDraft
+from qinfer.engine.draft_model import DraftModel, DraftRunner, Reservation
 from qinfer.engine.front import AsyncFront
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
@@ -92,7 +93,7 @@ class Generator:
         max_batch: int = 64,
         max_step_tokens: int = 2048,
         prefix_cache: bool = True,
-        draft_tokens: int = 0,
+        draft: int | DraftModel = 0,
     ) -> None:
         """Allocate the page pool.
 
@@ -104,11 +105,11 @@ class Generator:
             max_batch: Most requests that run at a time.
             max_step_tokens: Most tokens in a step; longer prompts are processed in several.
             prefix_cache: Whether requests that begin alike share the pages of their beginning.
-            draft_tokens: Most tokens to guess from the text so far and to check in one step; 0 guesses nothing. It
-                changes no token, and pays where texts repeat their prompts.
+            draft: Who guesses tokens that one step then checks: a number guesses at most so many from the text so far,
+                which pays where texts repeat their prompts; a `DraftModel` asks a smaller model. It changes no token.
         """
-        if draft_tokens < 0:
-            raise ValueError(f"draft_tokens must be at least 0, got {draft_tokens}")
+        if isinstance(draft, int) and draft < 0:
+            raise ValueError(f"draft must be a DraftModel or at least 0, got {draft}")
         if max_tokens < 1 or page_size < 1:
             raise ValueError(f"max_tokens and page_size must be at least 1, got {max_tokens} and {page_size}")
         settings = {
@@ -118,10 +119,10 @@ class Generator:
             "max_batch": max_batch,
             "max_step_tokens": max_step_tokens,
             "prefix_cache": prefix_cache,
-            "draft_tokens": draft_tokens,
+            "draft": draft,
         }
         self.model = model
-        self.draft_tokens = draft_tokens
+        self.draft = draft
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
         self.scheduler = Scheduler(
             self.pages, max_batch=max_batch, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache
@@ -129,6 +130,11 @@ class Generator:
         self.cache = model.new_cache(self.pages.num_pages, page_size=page_size, kv_format=kv_format)
         longest = min(self.pages.num_pages, self.pages.pages_for(model.config.max_positions))
         self.runner = StepRunner(model, self.cache, page_size=page_size, max_batch=max_batch, table_width=longest)
+        self._draft_runner: DraftRunner | None = None
+        if isinstance(draft, DraftModel):
+            sizes = {"page_size": page_size, "max_batch": max_batch, "table_width": longest}
+            sizes["num_pages"] = self.pages.num_pages
+            self._draft_runner = DraftRunner(draft, model, kv_format=kv_format, sizes=sizes)
         self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
         self._news: list[tuple[Job, bool]] = []  # who has ids that no event has told, and whether sampling went well
         self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's
@@ -141,7 +147,9 @@ class Generator:
     def warm_up(self) -> None:
         """Compile and record everything that serving can ask for, so that no request waits for it later."""
         self.turns.warm_up()
-        self.runner.warm_up(self.scheduler.max_step_tokens)
+        for runner in (self.runner, self._draft_runner):
+            if runner is not None:
+                runner.warm_up(self.scheduler.max_step_tokens)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Job:
         """Queue a request; `step` runs it and returns its events.
@@ -275,8 +283,8 @@ class Generator:
         number = next(self._ids) if number is None else number
         sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing)
         # Mirostat has to see each id before it can judge the next.
-        if self.draft_tokens and not (params.mirostat_tau and params.temperature):
-            sequence.drafter = NgramDraft(self.draft_tokens)
+        if self.draft and not (params.mirostat_tau and params.temperature):
+            sequence.drafter = NgramDraft(self.draft) if isinstance(self.draft, int) else Reservation(self.draft)
         return sequence
 
     def _healing(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor | None]:
@@ -318,13 +326,15 @@ class Generator:
         if self._sampled is None and not self.scheduler.has_work:
             return
         self.turns.step()
-        if self.draft_tokens:
+        if self.draft:
             # A guess needs all ids, so a step with drafts waits for the one before.
             self._settle()
             for sequence in self.scheduler.running:
                 sequence.guess()
         step = self.scheduler.schedule()
         with _FailTogether(self, [self._jobs[sequence.id] for sequence, _ in step], self._settle):
+            if self._draft_runner is not None:
+                step = self._draft_runner.fill(step)
             launched = self.runner.launch(step) if step else None
             self._take()
             if launched is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from qinfer.engine.draft import NgramDraft
+from qinfer.engine.draft import Drafter
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams
 
 
@@ -40,7 +40,7 @@ class Sequence:
     healed: tuple[int, ...] = ()  # the id cut off the prompt, where the first generated one begins like it
     healing: Tensor | None = None  # [V] bool, the ids that begin like it
     priority: int = 0  # higher ones go first
-    drafter: NgramDraft | None = None
+    drafter: Drafter | None = None
     drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
     generated: list[int] = field(default_factory=list)  # ids that are on the host
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted
