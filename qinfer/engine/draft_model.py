@@ -144,9 +144,19 @@ class DraftRunner:
         self._guess(drafting)
         return [(one, 1 + len(one.drafts) if one.num_pending == 1 else count) for one, count in step]
 
-    def read(self, token_ids: Ids[int], pages: list[int], chunk: int) -> None:
-        """Compute a text that stands in the target's pages already, `chunk` tokens in a step."""
+    def read(self, token_ids: Ids[int], pages: list[int], start: int, chunk: int) -> None:
+        """Compute a text that stands in the target's pages already.
+
+        Args:
+            token_ids: of whole pages.
+            pages: by their place in the text; where one is missing, nothing is computed, and drafts will be poor.
+            start: tokens that this model has computed before.
+            chunk: tokens in a step.
+        """
+        if -1 in pages:
+            return
         reader = Sequence(_NOBODY, tuple(token_ids), _GREEDY, SamplerState(_GREEDY, ()), pages=pages)
+        reader.num_computed = start
         while (count := self._readable(reader, min(chunk, reader.num_pending))) > 0:
             self._runner.launch([(reader, count)])
 

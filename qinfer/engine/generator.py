@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count, groupby
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, TypeAlias, overload
@@ -16,11 +17,13 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from qinfer.engine import session
 from qinfer.engine.draft import NgramDraft
 from qinfer.engine.draft_model import DraftModel, DraftRunner, Reservation
 from qinfer.engine.front import AsyncFront
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
+from qinfer.engine.prefix import publish
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
@@ -247,6 +250,23 @@ class Generator:
                 yield from ready
         finally:
             job.cancel()
+
+    def save_session(self, text: Prompt | Job, path: str | Path) -> int:
+        """Write the whole pages of a prompt or a request to a file; return the tokens it holds (`session.save`)."""
+        if isinstance(text, Job):
+            if text.sequence.state is State.RUNNING and self.scheduler.prefix_cache:
+                publish(self.pages, text.sequence)
+            text = [*text.sequence.prompt, *text.sequence.generated]
+        return session.save(Path(path), self._encode(text), self.model, self.cache, self.pages)
+
+    def load_session(self, path: str | Path) -> list[int]:
+        """Read a file of `save_session`; return its ids, whose pages prompts find from now on (`session.load`)."""
+        if not self.scheduler.prefix_cache:
+            raise ValueError("load_session needs Generator(prefix_cache=True)")
+        text = session.load(Path(path), self.model, self.cache, self.pages)
+        if self._draft_runner is not None:
+            self._draft_runner.read(text.token_ids, text.pages, text.num_known, self.scheduler.max_step_tokens)
+        return text.token_ids
 
     def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
         """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
