@@ -216,6 +216,13 @@ def _chat_templates(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[
         if not isinstance(source, str):
             raise CheckpointError(file, None, f"chat_template must be a string, got {type(source).__name__}")
     sources = {name: (source, file) for name, source in found.items()}
+    # Where models also see pictures, older folders keep the template beside the settings of the pictures.
+    file = folder / "chat_template.json"
+    if DEFAULT not in sources and file.exists():
+        template = read_json(file).get("chat_template")
+        if not isinstance(template, str):
+            raise CheckpointError(file, None, f"chat_template must be a string, got {type(template).__name__}")
+        sources[DEFAULT] = template, file
     own = {DEFAULT: folder / "chat_template.jinja"}
     own |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     for name, path in own.items():

@@ -268,6 +268,8 @@ class Chat:
             try:
                 return input(prompt if self._is_typed else "")
             except EOFError:
+                if self._is_typed:
+                    self._display.note("")
                 return None
             except KeyboardInterrupt:
                 self._display.note("\nCtrl-D or /quit leaves")
