@@ -122,6 +122,11 @@ class Tokenizer:
             return [token_id]
         return [other for other, text in self._spellings.items() if text.startswith(spelling)]
 
+    def first_difference(self, other: Tokenizer) -> str | None:
+        """Return a token that has not the same id in two tokenizers; None if they agree."""
+        ours, theirs = (one._backend.get_vocab(with_added_tokens=True) for one in (self, other))
+        return min((token for token, _ in ours.items() ^ theirs.items()), default=None)
+
     @cached_property
     def _spellings(self) -> dict[int, str]:
         """How the vocabulary spells its tokens, which is not their text but begins alike where the text does."""
@@ -215,6 +220,13 @@ def _chat_templates(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[
         if not isinstance(source, str):
             raise CheckpointError(file, None, f"chat_template must be a string, got {type(source).__name__}")
     sources = {name: (source, file) for name, source in found.items()}
+    # Where models also see pictures, older folders keep the template beside the settings of the pictures.
+    file = folder / "chat_template.json"
+    if DEFAULT not in sources and file.exists():
+        template = read_json(file).get("chat_template")
+        if not isinstance(template, str):
+            raise CheckpointError(file, None, f"chat_template must be a string, got {type(template).__name__}")
+        sources[DEFAULT] = template, file
     own = {DEFAULT: folder / "chat_template.jinja"}
     own |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     for name, path in own.items():

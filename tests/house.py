@@ -31,7 +31,7 @@ FLOORS: dict[str, Floor] = {
     "shares": _floor("parallel.split parallel.plan parallel.link engine.pages", "base shares", ""),
     "kernels": _floor("kernels", "base kernels", "torch triton"),
     "files": _floor(
-        "checkpoint staging parallel.comm parallel.spawn",
+        "checkpoint staging tensor_file parallel.comm parallel.spawn",
         "base shares files",
         "torch safetensors",
     ),

@@ -27,6 +27,19 @@ def test_generate_streams_a_story(capsys: pytest.CaptureFixture[str]) -> None:
     assert "finished: " in captured.err
 
 
+@pytest.mark.parametrize("draft", [["--draft", str(STORYTELLER)], ["--draft-tokens", "3"]])
+def test_drafts_tell_the_same_story(draft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", PROMPT, "--temperature", "0", "--max-new-tokens", "30", "--device", "cpu"]
+    assert main(arguments) == 0
+    story = capsys.readouterr().out
+    assert main([*arguments, *draft]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == story
+    if "--draft" in draft:
+        # One token of the prompt's step, five steps of five with four drafts each, and one of four with three.
+        assert "23 of 23 drafted tokens accepted" in captured.err
+
+
 def test_generate_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapters.save(tmp_path / "lora", STORYTELLER)
     model = Model.load(STORYTELLER, device="cpu")
@@ -75,6 +88,9 @@ def test_generate_keeps_to_a_constraint(option: str, tmp_path: Path, capsys: pyt
         (["generate", "x", "--max-new-tokens", "100000"], "1024 positions"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "-p", "y"], "not both"),
+        (["generate", "x", "--draft", "/nowhere", "--gpus", "1,1"], "--draft needs a model on one device"),
+        (["generate", "x", "--draft", "/nowhere", "--draft-tokens", "0"], "--draft-tokens must be at least 1"),
+        (["generate", "x", "--draft", "/nowhere"], "/nowhere"),
         (["generate", "x", "--device", "tpu"], "'cuda' or 'cpu'"),
         (["generate", "x", "--dtype", "int3"], "fp16 and bf16 work"),
         (["generate", "x", "--json-schema", "/nowhere"], "/nowhere cannot be read"),

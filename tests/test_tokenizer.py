@@ -210,6 +210,13 @@ def test_templates_render_as_in_transformers(
 
 def test_where_a_template_is_looked_up(tmp_path: Path) -> None:
     assert Tokenizer.load(write(tmp_path)).chat_template is None
+    (tmp_path / "chat_template.json").write_text('{"chat_template": ["p"]}')
+    with pytest.raises(CheckpointError, match=r"chat_template\.json: chat_template must be a string, got list"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "p"}')
+    assert Tokenizer.load(tmp_path).chat_template == "p"
+    assert Tokenizer.load(write(tmp_path, chat_template="s")).chat_template == "s"
+    (tmp_path / "chat_template.json").unlink()
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
     assert Tokenizer.load(write(tmp_path, chat_template=named)).chat_template == "d"
     assert Tokenizer.load(write(tmp_path, chat_template=named[:1])).chat_template is None

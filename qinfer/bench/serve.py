@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
         kv_format=options.kv_format,
         max_tokens=options.max_tokens or options.max_batch * (-(-longest // 256) * 256),
         max_batch=options.max_batch,
-        draft_tokens=options.draft_tokens,
+        draft=options.draft_tokens,
     )
     start = time.perf_counter()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the last ids the time before may follow them again (prompt look-up).
+"""Drafts, and those from the text itself: what followed the last ids before may follow them again (prompt look-up).
 
 A draft is computed behind the newest token in one step, and every position is sampled with the random number that it
 would have had anyway. As long as the sampled id is the drafted one, the next position was computed for the right
@@ -9,11 +9,36 @@ without drafts, whatever the sampler, and a bad draft costs time only.
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from typing import Protocol
 
 # Lengths of the runs of ids that are looked up, the longest first.
 _LENGTHS = (4, 3)
 # Ids without a draft after a bad one; twice as many after each further one.
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
+
+
+class Drafter(Protocol):
+    """Where the drafts of one sequence come from."""
+
+    num_ids: int  # of the sequence that it has seen
+    num_drafted: int
+    num_accepted: int
+
+    def extend(self, ids: Ids[int]) -> None:
+        """Look at the next ids of the sequence."""
+        ...
+
+    def propose(self, limit: int) -> list[int]:
+        """Return a guess of at most so many ids at what comes next, often nothing."""
+        ...
+
+    def judge(self, num_drafted: int, num_accepted: int) -> None:
+        """Learn how many ids of the last guess were right."""
+        ...
+
+    def rewind(self, num_ids: int) -> None:
+        """Forget all ids after the first `num_ids`."""
+        ...
 
 
 class NgramDraft:
@@ -22,17 +47,13 @@ class NgramDraft:
     def __init__(self, max_tokens: int) -> None:
         """Draft at most so many ids at a time."""
         self.max_tokens = max_tokens
+        self.num_ids = 0
         self.num_drafted = 0
         self.num_accepted = 0
         self._ids: list[int] = []
         self._followed: dict[tuple[int, ...], int] = {}
         self._pause = _FIRST_PAUSE
         self._resume_at = 0
-
-    @property
-    def num_ids(self) -> int:
-        """How many ids of the sequence it has seen."""
-        return len(self._ids)
 
     def extend(self, ids: Ids[int]) -> None:
         """Look at the next ids of the sequence."""
@@ -41,6 +62,7 @@ class NgramDraft:
                 if len(self._ids) >= length:
                     self._followed[tuple(self._ids[-length:])] = len(self._ids)
             self._ids.append(token_id)
+        self.num_ids = len(self._ids)
 
     def propose(self, limit: int) -> list[int]:
         """Return a guess of at most so many ids at what comes next, often nothing."""
@@ -70,5 +92,6 @@ class NgramDraft:
     def rewind(self, num_ids: int) -> None:
         """Forget all ids after the first `num_ids`; runs that were followed by a forgotten one are unknown again."""
         del self._ids[num_ids:]
+        self.num_ids = len(self._ids)
         self._followed = {run: place for run, place in self._followed.items() if place < num_ids}
         self._resume_at = min(self._resume_at, num_ids)

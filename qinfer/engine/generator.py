@@ -7,27 +7,31 @@ loops over the same step. A generator belongs to one thread.
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import count, groupby
+from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
+from qinfer.engine import session
 from qinfer.engine.draft import NgramDraft
+from qinfer.engine.draft_model import DraftModel, DraftRunner, Reservation
+from qinfer.engine.failures import FailAlone, FailTogether
 from qinfer.engine.front import AsyncFront
 from qinfer.engine.guidance import shadow_of
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
+from qinfer.engine.prefix import publish
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
 from qinfer.engine.steering import Steering
 from qinfer.engine.steps import Sampled, StepRunner
 from qinfer.engine.turns import Turns, heard
-from qinfer.errors import NonFiniteLogits
+from qinfer.errors import NonFiniteLogits, UnsupportedError
 from qinfer.models.lora import Lora
 from qinfer.models.model import Model
 
@@ -38,49 +42,6 @@ _NON_FINITE = (
     'Where activations overflow float16, Model.load(path, dtype="bf16") helps; where it does not, check the weights, '
     "or whether bans and a constraint together leave nothing to draw"
 )
-
-
-class _FailTogether:
-    """Ends the requests of a step with "error" when an exception leaves the block, and lets the exception go on."""
-
-    def __init__(self, generator: Generator, jobs: abc.Sequence[Job], settle: Callable[[], None]) -> None:
-        self._comm = generator.model.comm
-        self._jobs = jobs
-        self._settle = settle
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Deliver what the step before gave, then end what is not finished."""
-        if error is not None:
-            # Other ranks may have come further, or less far.
-            self._comm.fail(f"{type(error).__name__}: {error}")
-            try:
-                self._settle()
-            finally:
-                for job in self._jobs:
-                    job.fail(error)
-
-
-class _FailAlone:
-    """Ends one request with "error" when an exception leaves the block, which goes no further."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        """Keep the error in the completion; what is no Exception, such as a keyboard interrupt, goes on."""
-        if error is not None:
-            self._job.fail(error)
-        return isinstance(error, Exception)
 
 
 class Generator:
@@ -96,7 +57,7 @@ class Generator:
         max_batch: int = 64,
         max_step_tokens: int = 2048,
         prefix_cache: bool = True,
-        draft_tokens: int = 0,
+        draft: int | DraftModel = 0,
     ) -> None:
         """Allocate the page pool.
 
@@ -109,11 +70,11 @@ class Generator:
             max_batch: Most requests that run at a time.
             max_step_tokens: Most tokens in a step; longer prompts are processed in several.
             prefix_cache: Whether requests that begin alike share the pages of their beginning.
-            draft_tokens: Most tokens to guess from the text so far and to check in one step; 0 guesses nothing. It
-                changes no token, and pays where texts repeat their prompts.
+            draft: Who guesses tokens that one step then checks: a number guesses at most so many from the text so far,
+                which pays where texts repeat their prompts; a `DraftModel` asks a smaller model. It changes no token.
         """
-        if draft_tokens < 0:
-            raise ValueError(f"draft_tokens must be at least 0, got {draft_tokens}")
+        if isinstance(draft, int) and draft < 0:
+            raise ValueError(f"draft must be a DraftModel or at least 0, got {draft}")
         if max_tokens < 1 or page_size < 1:
             raise ValueError(f"max_tokens and page_size must be at least 1, got {max_tokens} and {page_size}")
         settings = {
@@ -123,30 +84,39 @@ class Generator:
             "max_batch": max_batch,
             "max_step_tokens": max_step_tokens,
             "prefix_cache": prefix_cache,
-            "draft_tokens": draft_tokens,
+            "draft": draft,
         }
         self.model = model
-        self.draft_tokens = draft_tokens
+        self.draft = draft
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
+        window = model.config.longest_window
+        if window is not None and isinstance(draft, DraftModel):
+            # What either of them still looks at stays.
+            seen = draft.model.config.longest_window
+            window = None if seen is None else max(window, seen)
         self.scheduler = Scheduler(
             self.pages,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
-            window=model.config.longest_window,
+            window=window,
         )
         self.cache = model.new_cache(self.pages.num_pages, page_size=page_size, kv_format=kv_format)
         longest = self.pages.pages_for(model.config.max_positions)
-        if model.config.longest_window is None:
+        if window is None:
             longest = min(longest, self.pages.num_pages)
-        self.runner = StepRunner(
-            model,
-            self.cache,
-            page_size=page_size,
-            max_batch=max_batch,
-            table_width=longest,
-            max_mixed_tokens=self.scheduler.max_mixed_tokens,
-        )
+        sizes = {
+            "page_size": page_size,
+            "max_batch": max_batch,
+            "table_width": longest,
+            "max_mixed_tokens": self.scheduler.max_mixed_tokens,
+        }
+        self.runner = StepRunner(model, self.cache, **sizes)
+        self._draft_runner: DraftRunner | None = None
+        if isinstance(draft, DraftModel):
+            self._draft_runner = DraftRunner(
+                draft, model, num_pages=self.pages.num_pages, kv_format=kv_format, sizes=sizes
+            )
         self._sampled: Sampled | None = None  # the step whose ids are not on the host yet
         self._news: list[tuple[Job, bool]] = []  # who has ids that no event has told, and whether sampling went well
         self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's
@@ -159,7 +129,9 @@ class Generator:
     def warm_up(self) -> None:
         """Compile and record everything that serving can ask for, so that no request waits for it later."""
         self.turns.warm_up()
-        self.runner.warm_up(self.scheduler.max_step_tokens)
+        for runner in (self.runner, self._draft_runner):
+            if runner is not None:
+                runner.warm_up(self.scheduler.max_step_tokens)
 
     def defragment(self) -> int:
         """Move what stands in the page pool to its beginning, and return how many pages moved.
@@ -169,6 +141,8 @@ class Generator:
         """
         moves = self.scheduler.defragment()
         self.cache.move_pages(moves)
+        if self._draft_runner is not None:
+            self._draft_runner.cache.move_pages(moves)
         return len(moves)
 
     def submit(
@@ -283,6 +257,25 @@ class Generator:
         finally:
             job.cancel()
 
+    def save_session(self, text: Prompt | Job, path: str | Path) -> int:
+        """Write the whole pages of a prompt or a request to a file; return the tokens it holds (`session.save`)."""
+        if isinstance(text, Job):
+            if text.sequence.lora is not None:
+                raise UnsupportedError("pages of a request with an adapter cannot be saved; submit it without lora")
+            if text.sequence.state is State.RUNNING and self.scheduler.prefix_cache:
+                publish(self.pages, text.sequence)
+            text = [*text.sequence.prompt, *text.sequence.generated]
+        return session.save(Path(path), self._encode(text), self.model, self.cache, self.pages)
+
+    def load_session(self, path: str | Path) -> list[int]:
+        """Read a file of `save_session`; return its ids, whose pages prompts find from now on (`session.load`)."""
+        if not self.scheduler.prefix_cache:
+            raise ValueError("load_session needs Generator(prefix_cache=True)")
+        text = session.load(Path(path), self.model, self.cache, self.pages)
+        if self._draft_runner is not None:
+            self._draft_runner.read(text.token_ids, text.pages, text.num_known, self.scheduler.max_step_tokens)
+        return text.token_ids
+
     def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
         """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
         for request in requests:
@@ -325,8 +318,8 @@ class Generator:
         if negative is not None:
             sequence.shadow = shadow_of(sequence, negative)
         # Mirostat has to see each id before it can judge the next; a guess would be computed for two texts.
-        elif self.draft_tokens and not (params.mirostat_tau and params.temperature):
-            sequence.drafter = NgramDraft(self.draft_tokens)
+        elif self.draft and not (params.mirostat_tau and params.temperature):
+            sequence.drafter = NgramDraft(self.draft) if isinstance(self.draft, int) else Reservation(self.draft)
         return sequence
 
     def _check_length(self, name: str, length: int, params: SamplingParams) -> None:
@@ -383,13 +376,15 @@ class Generator:
         if self._sampled is None and not self.scheduler.has_work:
             return
         self.turns.step()
-        if self.draft_tokens:
+        if self.draft:
             # A guess needs all ids, so a step with drafts waits for the one before.
             self._settle()
             for sequence in self.scheduler.running:
                 sequence.guess()
         step = self.scheduler.schedule()
-        with _FailTogether(self, [self._jobs[sequence.request] for sequence, _ in step], self._settle):
+        with FailTogether(self.model.comm, [self._jobs[sequence.request] for sequence, _ in step], self._settle):
+            if self._draft_runner is not None:
+                step = self._draft_runner.fill(step)
             launched = self.runner.launch(step) if step else None
             self._take()
             if launched is not None:
@@ -408,7 +403,7 @@ class Generator:
             return
         alive = [self._jobs[sequence.id] for sequence in sampled.sequences if sequence.state is not State.FINISHED]
         start = perf_counter()
-        with _FailTogether(self, alive, self._deliver):
+        with FailTogether(self.model.comm, alive, self._deliver):
             ids = sampled.ids()
         self.seconds_waited += perf_counter() - start
         logprobs = sampled.logprobs()
@@ -429,7 +424,7 @@ class Generator:
         """Turn new ids into events; a request that raises ends alone."""
         news, self._news = self._news, []
         for job, is_whole in news:
-            with _FailAlone(job):
+            with FailAlone(job):
                 job.deliver()
                 if not is_whole and not job.finished:
                     raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from qinfer.engine.draft import NgramDraft
+from qinfer.engine.draft import Drafter
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams
 from qinfer.engine.steering import Steering
 from qinfer.models.lora import Lora
@@ -45,7 +45,7 @@ class Sequence:
     priority: int = 0  # higher ones go first
     shadow: Sequence | None = None  # the same text behind the negative prompt, see engine/guidance.py
     lora: Lora | None = None  # the adapter it runs with
-    drafter: NgramDraft | None = None
+    drafter: Drafter | None = None
     drafts: list[int] = field(default_factory=list)  # guesses at the next ids, to be computed in the next step
     generated: list[int] = field(default_factory=list)  # ids that are on the host
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated ids, if they are wanted

@@ -216,7 +216,9 @@ class StepRunner:
         if self.graphs is not None:
             self._forget_moved_adapters()
             self.graphs.capture_all(has_adapters=adapter >= 0)
-        max_batch, room = len(self._sampled), self._table_width * self._page_size
+        # A whole last page may reach beyond the last position.
+        room = min(self._table_width * self._page_size, self._model.config.max_positions)
+        max_batch = len(self._sampled)
         # What stands in the pages does not matter, and page 0 is there in any pool.
         single = Piece([0], 0, [0], "last")
         for length in _sizes(min(max_step_tokens, room)):

@@ -25,6 +25,7 @@ from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.errors import QinferError
 from qinfer.models.model import Model
+from qinfer.programs import drafting
 from qinfer.programs.answers import Display, display_for
 from qinfer.programs.conversation import Conversation, Message
 from qinfer.programs.plan import gigabytes
@@ -73,6 +74,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
     parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="divide the model: GB to use of each GPU")
+    drafting.add_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="tell tokens and speed behind each answer")
     parser.add_argument("--plain", action="store_true", help="plain text, also on a terminal")
     parser.set_defaults(run=run)
@@ -93,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
     variables: dict[str, Any] = {"enable_thinking": False} if options.no_thinking else {}
     if options.template is not None:
         variables["chat_template"] = _read(Path(options.template))
+    drafting.check(options)
     conversation = Conversation(options.system)
     if options.load is not None:
         _load(conversation, options.load)
@@ -265,6 +268,8 @@ class Chat:
             try:
                 return input(prompt if self._is_typed else "")
             except EOFError:
+                if self._is_typed:
+                    self._display.note("")
                 return None
             except KeyboardInterrupt:
                 self._display.note("\nCtrl-D or /quit leaves")
@@ -339,7 +344,9 @@ def _file(command: str, name: str) -> Path:
 def _stats(completion: Completion, seconds: float) -> str:
     """Say how many tokens there were, how many of them were known, and how fast it went."""
     new = len(completion.token_ids)
+    drafts = f"{completion.accepted_tokens} of {completion.drafted_tokens} drafted tokens accepted; "
     return (
         f"[{completion.prompt_tokens} prompt tokens, {completion.cached_tokens} of them cached; {new} new tokens "
-        f"in {seconds:.1f} s, {new / max(seconds, 1e-9):.1f} tokens/s; finished: {completion.finish_reason}]"
+        f"in {seconds:.1f} s, {new / max(seconds, 1e-9):.1f} tokens/s; {drafts if completion.drafted_tokens else ''}"
+        f"finished: {completion.finish_reason}]"
     )

@@ -17,6 +17,7 @@ from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.model import Model
 from qinfer.parallel.spawn import join
+from qinfer.programs import drafting
 from qinfer.programs.plan import KV_FORMAT_HELP, gigabytes
 from qinfer.tokenizer import Tokenizer
 
@@ -53,6 +54,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
     parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="divide the model: GB to use of each GPU")
     parser.add_argument("--tp", action="store_true", help="be one of the ranks that torchrun has started")
+    drafting.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         stop=tuple(options.stop),
     )
+    drafting.check(options)
     group = join() if options.tp else None
     model = Model.load(
         options.model or STORYTELLER,
@@ -96,7 +99,8 @@ def _stream(model: Model, prompt: str, params: SamplingParams, options: argparse
     params = replace(params, constraint=_constraint(options, model.tokenizer))
     max_tokens = len(model.tokenizer.encode(prompt)) + params.max_new_tokens
     lora = None if options.lora is None else model.load_lora(options.lora)
-    generator = Generator(model, kv_format=options.kv_format, max_tokens=max_tokens, max_batch=1)
+    draft = drafting.load(options, model)
+    generator = Generator(model, kv_format=options.kv_format, max_tokens=max_tokens, max_batch=1, draft=draft)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     first = completion = None
@@ -134,7 +138,9 @@ def _speed(completion: Completion, prefill_s: float, decode_s: float) -> str:
     """Say how many tokens came how fast; the first one belongs to the prompt."""
     new = len(completion.token_ids)
     decode = f"{(new - 1) / decode_s:.1f} tokens/s" if new > 1 else "no further token"
+    drafts = f"{completion.accepted_tokens} of {completion.drafted_tokens} drafted tokens accepted; "
     return (
         f"[{completion.prompt_tokens} prompt tokens, first token after {prefill_s * 1e3:.0f} ms; "
-        f"{new} new tokens, {decode}; finished: {completion.finish_reason}]"
+        f"{new} new tokens, {decode}; {drafts if completion.drafted_tokens else ''}"
+        f"finished: {completion.finish_reason}]"
     )

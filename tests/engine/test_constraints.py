@@ -112,7 +112,7 @@ def test_every_token_is_by_definition(
 ) -> None:
     # Little room, so that requests give way and come back; a short memory repeats itself, so that guesses come true.
     model = MockModel(eos_ids=[EOS], memory=memory)
-    gen = generator(model, draft_tokens=draft_tokens, page_size=page_size, max_tokens=40)
+    gen = generator(model, draft=draft_tokens, page_size=page_size, max_tokens=40)
     outs = gen.generate([[first, 9] for first, _ in asked], [params for _, params in asked])
     for (first, params), out in zip(asked, outs, strict=True):
         if params.constraint is None:
@@ -126,7 +126,7 @@ def test_guesses_that_the_constraint_refuses_cost_nothing_but_time() -> None:
     # 20 30 20 30 …: the guess is what followed before, and the constraint lets it through every other time.
     params = SamplingParams(temperature=0, max_new_tokens=60, constraint=Every(50, complete_every=50))
     model = MockModel(memory=1)
-    out = generator(model, draft_tokens=4).generate([20, 30] * 8, params)
+    out = generator(model, draft=4).generate([20, 30] * 8, params)
     assert (list(out.token_ids), out.finish_reason) == by_definition([20, 30] * 8, params, memory=1)
     assert len(out.token_ids) == 50
     assert 0 < out.accepted_tokens < out.drafted_tokens
@@ -140,7 +140,7 @@ def test_banned_strings_take_the_walk_back(seed: int, draft_tokens: int) -> None
     prompt = [20 + seed, 9]
     plain = generator(MockModel(tokenizer=TOKENIZER)).generate(prompt, params)
     piece = next((character for character in plain.text[5:] if character != "\ufffd"), "e")
-    gen = generator(MockModel(tokenizer=TOKENIZER), draft_tokens=draft_tokens)
+    gen = generator(MockModel(tokenizer=TOKENIZER), draft=draft_tokens)
     out = gen.generate(prompt, replace(params, banned_strings=piece))
     assert piece not in out.text
     assert len(out.token_ids) == LONGEST

@@ -84,7 +84,7 @@ def test_drafts_change_no_token(
     outs = []
     for count in (0, draft_tokens):
         model = MockModel(memory=2)
-        gen = generator(model, draft_tokens=count, max_step_tokens=4 + extra, page_size=page_size, max_tokens=56)
+        gen = generator(model, draft=count, max_step_tokens=4 + extra, page_size=page_size, max_tokens=56)
         outs.append(gen.generate(prompts, params))
         assert is_idle(gen)
     assert outs[0] == outs[1]
@@ -96,8 +96,7 @@ def test_repeating_text_takes_few_steps() -> None:
     assert len(set(whole)) < 20
     models = [MockModel(memory=1) for _ in range(2)]
     plain, drafted = (
-        generator(model, draft_tokens=count).generate([3, 4], params)
-        for model, count in zip(models, (0, 6), strict=True)
+        generator(model, draft=count).generate([3, 4], params) for model, count in zip(models, (0, 6), strict=True)
     )
     assert list(drafted.token_ids) == whole
     assert drafted == plain
@@ -109,7 +108,7 @@ def test_repeating_text_takes_few_steps() -> None:
 def test_drafts_with_banned_strings_and_stops() -> None:
     def text(count: int, **options: object) -> Completion:
         params = SamplingParams(temperature=0, max_new_tokens=60, **options)
-        return generator(MockModel(tokenizer=TOKENIZER, memory=1), draft_tokens=count).generate([70, 71], params)
+        return generator(MockModel(tokenizer=TOKENIZER, memory=1), draft=count).generate([70, 71], params)
 
     plain = text(0).text
     accepted = 0
@@ -140,12 +139,12 @@ def test_penalties_forget_wrong_drafts() -> None:
 def test_bad_logits_behind_a_draft_end_the_request_where_they_are() -> None:
     # With a memory of everything, a poisoned history has NaN behind its sixth token, drafted or not.
     prompt = [POISON, 2, 2, 2]
-    outs = [generator(draft_tokens=count).generate(prompt, SamplingParams(temperature=0)) for count in (0, 6)]
+    outs = [generator(draft=count).generate(prompt, SamplingParams(temperature=0)) for count in (0, 6)]
     assert outs[0].token_ids == outs[1].token_ids
     assert isinstance(outs[1].error, NonFiniteLogits)
     assert str(outs[0].error) == str(outs[1].error)
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="draft_tokens must be at least 0, got -1"):
-        generator(draft_tokens=-1)
+    with pytest.raises(ValueError, match="draft must be a DraftModel or at least 0, got -1"):
+        generator(draft=-1)

@@ -1,0 +1,54 @@
+"""Who ends when something raises: the requests of a step, or one request alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from qinfer.engine.job import Job
+from qinfer.parallel.comm import Communicator
+
+
+class FailTogether:
+    """Ends the requests of a step with "error" when an exception leaves the block, and lets the exception go on."""
+
+    def __init__(self, comm: Communicator, jobs: Sequence[Job], settle: Callable[[], None]) -> None:
+        """Guard the requests of a step; `settle` delivers what the step before gave."""
+        self._comm = comm
+        self._jobs = jobs
+        self._settle = settle
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Deliver what the step before gave, then end what is not finished."""
+        if error is not None:
+            # Other ranks may have come further, or less far.
+            self._comm.fail(f"{type(error).__name__}: {error}")
+            try:
+                self._settle()
+            finally:
+                for job in self._jobs:
+                    job.fail(error)
+
+
+class FailAlone:
+    """Ends one request with "error" when an exception leaves the block, which goes no further."""
+
+    def __init__(self, job: Job) -> None:
+        """Guard one request."""
+        self._job = job
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Keep the error in the completion; what is no Exception, such as a keyboard interrupt, goes on."""
+        if error is not None:
+            self._job.fail(error)
+        return isinstance(error, Exception)
