@@ -42,7 +42,9 @@ class Biased(MockModel):
 
     def __init__(self, bias: float = 0.0, vocab: int = VOCAB, **options: Any) -> None:
         super().__init__(**options)
-        self.config = SimpleNamespace(vocab_size=vocab, max_positions=self.config.max_positions)
+        self.config = SimpleNamespace(
+            vocab_size=vocab, max_positions=self.config.max_positions, longest_window=options.get("memory")
+        )
         self.bias = bias * torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
 
     def decoder(self, batch: Batch, cache: MockCache) -> torch.Tensor:
@@ -203,6 +205,13 @@ def test_distribution_of_two_tokens() -> None:
     assert statistic < 27.9  # 8 degrees of freedom: 0.05 % of fair generators are above; seeds are fixed
     accepted, drafts = sum(out.accepted_tokens for out in outs), sum(out.drafted_tokens for out in outs)
     assert 0.1 < accepted / drafts < 0.9
+
+
+@pytest.mark.parametrize(("target", "draft", "both"), [(8, None, None), (8, 20, 20), (None, 8, None), (9, 4, 9)])
+def test_pages_stay_as_long_as_either_model_looks_at_them(
+    target: int | None, draft: int | None, both: int | None
+) -> None:
+    assert drafted(Biased(memory=draft or 0), target=MockModel(memory=target or 0)).scheduler.window.length == both
 
 
 def test_mistakes() -> None:

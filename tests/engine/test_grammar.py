@@ -63,7 +63,7 @@ def test_random_logits_say_what_is_asked(
     options = {"temperature": temperature, "seed": seed, "max_new_tokens": 250}
     free = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=20)
     constraints = [json_schema(PERSON, TOKENIZER, compact=True), *(regex(one, TOKENIZER) for one in PATTERNS)]
-    gen = generator(MockModel(tokenizer=TOKENIZER, eos_ids=[0]), draft_tokens=draft_tokens, max_tokens=1200)
+    gen = generator(MockModel(tokenizer=TOKENIZER, eos_ids=[0]), draft=draft_tokens, max_tokens=1200)
     prompt = [20 + seed, 9]
     params = [SamplingParams(constraint=one, **options) for one in constraints]
     person, *texts, plain = gen.generate([prompt] * (len(params) + 1), [*params, free])

@@ -54,7 +54,7 @@ def test_tokens_are_those_of_the_formula(
         page_size=page_size,
         max_step_tokens=max_step_tokens,
         max_batch=max_batch,
-        draft_tokens=draft_tokens,
+        draft=draft_tokens,
         max_tokens=72,
     )
     gen.scheduler.max_mixed_tokens = max_mixed_tokens

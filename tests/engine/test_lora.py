@@ -59,7 +59,7 @@ def generator(model: Model, **options: int) -> Generator:
 @pytest.mark.parametrize("draft_tokens", [0, 3])
 def test_a_mixed_batch_is_each_alone(model: Model, folder: Path, want: Texts, draft_tokens: int) -> None:
     loras = load(model, folder)
-    gen = generator(model, draft_tokens=draft_tokens)
+    gen = generator(model, draft=draft_tokens)
     chosen = [0, 1, 2, 1, 0]
     done = gen.generate([PROMPT] * 5, GREEDY, lora=[loras[i] for i in chosen])
     assert [completion.token_ids for completion in done] == [want[i] for i in chosen]

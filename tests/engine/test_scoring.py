@@ -56,7 +56,7 @@ def test_every_prompt_token_is_scored_once(
         patch.setattr(scoring, "_ROWS", rows)
         model = MockModel()
         gen = generator(
-            model, draft_tokens=draft_tokens, page_size=page_size, max_step_tokens=chunk, max_tokens=56, max_batch=3
+            model, draft=draft_tokens, page_size=page_size, max_step_tokens=chunk, max_tokens=56, max_batch=3
         )
         prompts = [list(range(20, 20 + length)) for length, _, _ in asked]
         params = [SamplingParams(temperature=0, max_new_tokens=new, prompt_logprobs=top) for _, new, top in asked]

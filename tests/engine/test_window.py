@@ -116,7 +116,7 @@ def test_rewound_sequence_comes_back_for_pages_it_gave_away() -> None:
     assert one.generated == continued([1, 2], 24)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"draft_tokens": 3}])
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"draft": 3}])
 def test_generator_holds_a_window_of_pages(options: dict[str, int]) -> None:
     model = MockModel(memory=6)
     gen = generator(model, max_tokens=16, max_batch=2, max_step_tokens=8, **options)
