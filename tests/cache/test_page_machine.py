@@ -171,7 +171,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=15, stateful_step_count=30)
+TestPoolMachine.settings = settings(max_examples=12, stateful_step_count=30)
 
 
 @pytest.mark.parametrize(
