@@ -51,12 +51,16 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), share=st.floats(0.05, 1.4), is_new=st.booleans())
     def append(self, data: st.DataObject, share: float, is_new: bool) -> None:
-        """Write rows behind a text, or a new one, as far as there are pages; a page that others see is copied first."""
+        """Write up to a page and a half behind a text, or behind nothing."""
         if is_new or not self.texts:
             self.texts.append(Text())
         text = self.texts[-1] if is_new else data.draw(st.sampled_from(self.texts))
+        self.write(text, max(1, int(share * self.table.page_size)))
+
+    def write(self, text: Text, count: int) -> None:
+        """Write rows behind a text as far as there are pages; a page that others see is copied first."""
         start, size = len(text.rows), self.table.page_size
-        stop = start + max(1, int(share * size))
+        stop = start + count
         if start % size and not self.is_own(text.pages[-1]):
             if not self.table.num_free:
                 return
@@ -77,11 +81,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
+        """Go on from a text in two ways."""
         if self.texts:
             text = data.draw(st.sampled_from(self.texts))
             for page in text.pages:
                 self.table.share(page)
             self.texts.append(Text(list(text.pages), text.rows))
+            for one in (text, self.texts[-1]):
+                self.write(one, 3)
 
     @rule(data=st.data(), share=st.floats(0, 1))
     def rewind(self, data: st.DataObject, share: float) -> None:
@@ -100,10 +107,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
-        """Make the first page of a text known."""
-        texts = [text for text in self.texts if len(text.rows) >= self.table.page_size and self.is_own(text.pages[0])]
+        """Make the first page of a text known, which is filled up before."""
+        texts = [text for text in self.texts if text.pages and self.is_own(text.pages[0])]
         if texts:
             text = data.draw(st.sampled_from(texts))
+            self.write(text, max(0, self.table.page_size - len(text.rows)))
             key = str(len(self.known)).encode()
             self.table.publish(text.pages[0], key)
             self.known[key] = text.rows[: self.table.page_size]
@@ -147,7 +155,8 @@ class PoolMachine(RuleBasedStateMachine):
         empty = [page for page in range(NUM_PAGES) if self.table.references(page) == 0 and page not in known]
         for tensor in (tensor for side in sides for tensor in side.tensors()):
             tensor[empty] = torch.nan if tensor.is_floating_point() else 255
-        for text in self.texts:
+        kept = [Text([page], self.known[key]) for key in self.known if (page := self.table.find(key)) is not None]
+        for text in (*self.texts, *kept):
             count = len(text.rows)
             if not count:
                 continue
@@ -162,7 +171,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=15, stateful_step_count=30)
+TestPoolMachine.settings = settings(max_examples=12, stateful_step_count=30)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,15 @@ def test_reference_is_attention_written_out(batch, window, device):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(("page_size", "window"), [(64, None), (256, 40)])
+def test_larger_pages(page_size, window, device):
+    case = make_case([1, 3], [page_size + 41, page_size], device, page_size=page_size)
+    free_behind(case, window)
+    actual = paged_attention.launch(*case.args, **case.options, window=window)
+    assert_close(actual, written_out(case, window).float())
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize(("window", "splits"), [(None, None), (None, 3), (18, 1), (18, 2)])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_matches_reference(batch, window, splits, device):
