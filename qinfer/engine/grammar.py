@@ -36,7 +36,7 @@ def json_schema(schema: str | Mapping[str, Any], tokenizer: Tokenizer, *, compac
 
     Raises:
         ValueError: The schema is no JSON, contradicts itself, or uses a keyword that cannot be enforced.
-        UnsupportedError: llguidance is not installed.
+        UnsupportedError: llguidance is not installed, or cannot read the tokenizer.
     """
     if isinstance(schema, str):
         try:
@@ -61,7 +61,7 @@ def regex(pattern: str, tokenizer: Tokenizer) -> Grammar:
 
     Raises:
         ValueError: The pattern is not valid.
-        UnsupportedError: llguidance is not installed.
+        UnsupportedError: llguidance is not installed, or cannot read the tokenizer.
     """
     return Grammar("pattern", _library().LLMatcher.grammar_from_regex(pattern), tokenizer)
 
@@ -75,7 +75,7 @@ def grammar(text: str, tokenizer: Tokenizer) -> Grammar:
 
     Raises:
         ValueError: The grammar is not valid.
-        UnsupportedError: llguidance is not installed.
+        UnsupportedError: llguidance is not installed, or cannot read the tokenizer.
     """
     return Grammar("grammar", _library().LLMatcher.grammar_from_lark(text), tokenizer)
 
@@ -149,7 +149,12 @@ def _vocabulary(tokenizer: Tokenizer) -> Any:  # noqa: ANN401  llguidance's clas
     """Return llguidance's view of a vocabulary, made once."""
     if tokenizer not in _VOCABULARIES:
         ends = sorted(tokenizer.eos_ids) or None
-        made = _library().LLTokenizer(tokenizer.serialized(), n_vocab=tokenizer.vocab_size, eos_token=ends)
+        try:
+            made = _library().LLTokenizer(tokenizer.serialized(), n_vocab=tokenizer.vocab_size, eos_token=ends)
+        except ValueError as problem:
+            raise UnsupportedError(
+                f"llguidance cannot read this tokenizer ({problem}); byte-level and SentencePiece vocabularies work"
+            ) from problem
         _VOCABULARIES[tokenizer] = made
     return _VOCABULARIES[tokenizer]
 

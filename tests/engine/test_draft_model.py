@@ -43,7 +43,7 @@ class Biased(MockModel):
     def __init__(self, bias: float = 0.0, vocab: int = VOCAB, **options: Any) -> None:
         super().__init__(**options)
         self.config = SimpleNamespace(
-            vocab_size=vocab, max_positions=self.config.max_positions, longest_window=options.get("memory")
+            vocab_size=vocab, max_positions=self.config.max_positions, longest_window=options.get("memory") or None
         )
         self.bias = bias * torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
 
@@ -211,7 +211,8 @@ def test_distribution_of_two_tokens() -> None:
 def test_pages_stay_as_long_as_either_model_looks_at_them(
     target: int | None, draft: int | None, both: int | None
 ) -> None:
-    assert drafted(Biased(memory=draft or 0), target=MockModel(memory=target or 0)).scheduler.window.length == both
+    gen = drafted(Biased(memory=draft or 0), target=MockModel(memory=target or 0))
+    assert gen.scheduler.window.length == both
 
 
 def test_mistakes() -> None:

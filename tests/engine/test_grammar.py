@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import WordLevel
 
 from qinfer.assets import STORYTELLER
 from qinfer.engine.generator import Generator
@@ -19,7 +21,7 @@ from qinfer.engine.turns import Turns, heard
 from qinfer.errors import UnsupportedError
 from qinfer.models.model import Model
 from tests.engine import mock
-from tests.engine.mock import TOKENIZER, VOCAB, MockModel, expected, generator, is_idle
+from tests.engine.mock import TOKENIZER, VOCAB, Adapter, MockModel, expected, generator, is_idle
 
 PERSON = {
     "type": "object",
@@ -154,6 +156,12 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     for make in (json_schema, regex, grammar):
         with pytest.raises(UnsupportedError, match=r"pip install 'qinfer\[constrain\]'"):
             make("{}", TOKENIZER)
+
+
+def test_tokenizer_that_cannot_be_read() -> None:
+    words = Adapter(RustTokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    with pytest.raises(UnsupportedError, match=r"cannot read this tokenizer .*decoder"):
+        regex("a", words)
 
 
 class TwoRanks:
