@@ -44,6 +44,8 @@ def guided(sequences: Many[Sequence], logits: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         [n, V] what the model says to the sequences themselves, and [n, V] what their tokens are sampled from.
     """
+    if all(sequence.shadow is None for sequence in sequences):
+        return logits, logits
     own: list[int] = []
     pairs: list[tuple[int, int]] = []  # row of the result, row of the shadow
     scales: list[float] = []
@@ -55,8 +57,6 @@ def guided(sequences: Many[Sequence], logits: Tensor) -> tuple[Tensor, Tensor]:
         else:
             own += range(row, row + 1 + len(sequence.drafts))
         row += 1 + len(sequence.drafts)
-    if not pairs:
-        return logits, logits
     device = logits.device
     places, shadows = torch.tensor(pairs).to(device, non_blocking=True).unbind(1)
     said = logits[torch.tensor(own).to(device, non_blocking=True)]

@@ -88,23 +88,29 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
         for sequence in self.running:
-            for one in sequence.members:
-                if self.prefix_cache and one.num_computed >= (one.num_published + 1) * self.pages.page_size:
+            is_due = sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size
+            if self.prefix_cache and (is_due or sequence.shadow is not None):
+                for one in sequence.members:
                     publish(self.pages, one)
-                self._free_behind(one)
+            if self.window.length is not None:
+                for one in sequence.members:
+                    self._free_behind(one)
         self._admit()
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
         for sequence in tuple(self.running):
-            is_prompt = any(one.num_pending > 1 for one in sequence.members)
-            if sequence.state is State.RUNNING and (is_prompt or sequence.wants_more):
+            num_tokens, shadow = sequence.num_tokens, sequence.shadow
+            is_prompt = num_tokens - sequence.num_computed > 1 or (shadow is not None and shadow.num_pending > 1)
+            if sequence.state is State.RUNNING and (is_prompt or num_tokens < sequence.max_tokens):
                 # Whoever has to give way comes later in the order, and is in no step yet.
                 if not self._grow(sequence):
                     continue
                 if is_prompt:
                     prompts.append(sequence)
-                else:
-                    step += [(one, 1) for one in sequence.members]
+                    continue
+                step.append((sequence, 1))
+                if shadow is not None:
+                    step.append((shadow, 1))
         step = self._with_drafts(step)
         budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
@@ -194,8 +200,11 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the next token; say whether the sequence still runs, or had to give way itself."""
+        page_size = self.pages.page_size
+        if sequence.shadow is None and sequence.num_computed < len(sequence.pages) * page_size:
+            return True
         for one in sequence.members:
-            while one.num_computed >= len(one.pages) * self.pages.page_size:
+            while one.num_computed >= len(one.pages) * page_size:
                 try:
                     one.pages += self.pages.allocate(1)
                 except OutOfPages:

@@ -171,8 +171,9 @@ class Sequence:
 
     def await_sample(self, row: int) -> None:
         """Have the next token sampled by a row of the step, or with -1 by none."""
-        for one in self.members:
-            one.source = row
+        self.source = row
+        if self.shadow is not None:
+            self.shadow.source = row
 
     def accept(self, sampled: Ids[int]) -> bool:
         """Take the ids sampled behind the newest token and behind each draft, up to the first draft that was wrong.

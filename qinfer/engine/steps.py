@@ -171,7 +171,9 @@ class StepRunner:
         """Launch the choice of the next tokens and their way to the host; None when the step tells nothing."""
         rows, options = list[Sequence](), list[Row]()
         said, logits = guided(launched.sequences, launched.logits)
-        for sequence in (sequence for sequence in launched.sequences if not sequence.is_shadow):
+        for sequence in launched.sequences:
+            if sequence.is_shadow:
+                continue
             sequence.await_sample(len(rows))
             options += (own := sequence.rows())
             rows += [sequence] * len(own)
