@@ -63,20 +63,23 @@ def test_the_same_seed_tells_the_same_story(capsys: pytest.CaptureFixture[str]) 
     assert stories[0] == stories[1] != stories[2]
 
 
-@pytest.mark.parametrize("option", ["--regex", "--json-schema", "--grammar"])
-def test_generate_keeps_to_a_constraint(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sources = {"--regex": "[a-c]{5}", "--json-schema": '{"enum": ["abc"]}', "--grammar": 'start: ("ab" | "ba"){3}'}
-    source = sources[option]
-    if option != "--regex":
-        file = tmp_path / "source"
-        file.write_text(source)
-        source = str(file)
-    assert main(["generate", PROMPT, option, source, "--device", "cpu", "--seed", "1"]) == 0
+@pytest.mark.parametrize(
+    ("option", "source", "pattern"),
+    [
+        ("--regex", "[a-c]{5}", "[a-c]{5}"),
+        ("--json-schema", '{"enum": ["abc"]}', '"abc"'),
+        ("--grammar", 'start: ("ab" | "ba"){3}', "(ab|ba){3}"),
+    ],
+)
+def test_generate_keeps_to_a_constraint(
+    option: str, source: str, pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "source"
+    file.write_text(source)
+    argument = source if option == "--regex" else str(file)
+    assert main(["generate", "x", option, argument, "--device", "cpu", "--seed", "1"]) == 0
     captured = capsys.readouterr()
-    assert re.fullmatch(
-        {"--regex": "[a-c]{5}", "--json-schema": '"abc"', "--grammar": "(ab|ba){3}"}[option],
-        captured.out.removeprefix(PROMPT).removesuffix("\n"),
-    )
+    assert re.fullmatch("x" + pattern, captured.out.removesuffix("\n"))
     assert "finished: stop" in captured.err
 
 

@@ -51,7 +51,8 @@ class EveryWalk:
 
     def allowed(self) -> Words:
         self._raise("allowed")
-        return packed(self.may_follow(), VOCAB)
+        # What it says of ends does not count.
+        return packed({*self.may_follow(), *EOS}, VOCAB)
 
     def advance(self, token_id: int) -> None:
         self._raise("advance")
@@ -101,7 +102,7 @@ free = st.builds(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(20, 30), st.one_of(requests, free)), min_size=1, max_size=5),
     st.sampled_from([0, 3]),
@@ -125,8 +126,10 @@ def test_every_token_is_by_definition(
 
 def test_guesses_that_the_constraint_refuses_cost_nothing_but_time() -> None:
     drafted = accepted = 0
-    for seed in range(4):
-        params = SamplingParams(temperature=0.25, seed=seed, max_new_tokens=60, constraint=Every(50, complete_every=50))
+    for seed in range(5):
+        params = SamplingParams(
+            temperature=0.2 * seed, seed=seed, max_new_tokens=60, constraint=Every(50, complete_every=50)
+        )
         gen = generator(MockModel(memory=1), draft=4)
         out = gen.generate([20, 30] * 8, params)
         assert (list(out.token_ids), out.finish_reason) == by_definition([20, 30] * 8, params, memory=1)
@@ -135,7 +138,7 @@ def test_guesses_that_the_constraint_refuses_cost_nothing_but_time() -> None:
     assert drafted - 10 > accepted > 10, (drafted, accepted)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.integers(0, 99), st.sampled_from([0, 3]))
 def test_banned_strings_take_the_walk_back(seed: int, draft_tokens: int) -> None:
     params = SamplingParams(temperature=0, max_new_tokens=LONGEST, constraint=Every(LONGEST, complete_every=20))

@@ -93,7 +93,7 @@ def test_a_real_model_says_what_is_asked(storyteller: Model) -> None:
     assert is_person(outs[1].text)
     assert re.fullmatch(PATTERNS[0], outs[2].text)
     assert re.fullmatch(r"[1-9()][0-9+()]*", outs[3].text)
-    assert [gen.generate("Once upon a time", one) for one in params] == outs[1:]
+    assert gen.generate("Once upon a time", params[1]) == outs[2]
 
 
 def test_whitespace_is_bounded() -> None:

@@ -32,7 +32,7 @@ requests = st.tuples(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(
     st.lists(requests, min_size=1, max_size=5),
     st.sampled_from([1, 4]),

@@ -75,18 +75,19 @@ def test_every_prompt_token_is_scored_once(
 def test_a_prompt_that_gives_way_half_scored_goes_on_where_it_was() -> None:
     gen = generator(max_tokens=40)
     gen.scheduler.max_mixed_tokens = 1
-    prompt = list(range(20, 36))
+    prompt = list(range(20, 44))
     first = gen.submit(list(range(50, 62)), SamplingParams(temperature=0, max_new_tokens=28), priority=1)
     scored = gen.submit(prompt, SamplingParams(temperature=0, max_new_tokens=3, prompt_logprobs=1))
     while not scored.sequence.num_preempted:
         gen.step()
     # In the middle of a page, so that some tokens are computed again and not scored again.
+    assert scored.sequence.num_scored < 20
     assert scored.sequence.num_scored % 4
     while gen.scheduler.has_work:
         gen.step()
     assert first.completion is not None
     assert scored.completion is not None
-    check(scored.completion, prompt, 1, torch.stack([logits_after(prompt[:end]) for end in range(1, 17)]))
+    check(scored.completion, prompt, 1, torch.stack([logits_after(prompt[:end]) for end in range(1, 25)]))
 
 
 @pytest.fixture(scope="module")
