@@ -77,12 +77,14 @@ def test_running_requests_and_pages_that_are_there_already(model: Model, tmp_pat
     assert first.save_session(job, tmp_path / "finished") == 64
     second = generator(model, max_tokens=80)
     second.load_session(tmp_path / "prompt")
-    before = [tensor[second.pages.num_pages - 1].clone() for tensor in tensors_of(second)]
+    before = [tensor[:2].clone() for tensor in tensors_of(second)]  # the lowest pages are taken first
     assert second.pages.num_idle == 2
-    # Two pages are there and stay where they are; the others come in without displacing them.
-    second.load_session(tmp_path / "finished")
-    assert second.pages.num_idle == 4
-    assert all(torch.equal(x, y[second.pages.num_pages - 1]) for x, y in zip(before, tensors_of(second), strict=True))
+    # Two pages are there and stay where they are; one page is empty, and another text gives one.
+    second.generate(tiny.prompt(40, seed=8), SamplingParams(max_new_tokens=1))
+    assert (second.pages.num_idle, second.pages.num_free) == (4, 5)
+    assert second.load_session(tmp_path / "finished") == [*PROMPT, *job.completion.token_ids][:64]
+    assert second.pages.num_idle == 5
+    assert all(torch.equal(x, y[:2]) for x, y in zip(before, tensors_of(second), strict=True))
     assert second.generate(PROMPT, PARAMS) == job.completion
     # The end of a text is displaced before its beginning.
     second.load_session(tmp_path / "finished")
