@@ -10,10 +10,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from qinfer.engine.job import Event, Job
 
+T = TypeVar("T")
 Start: TypeAlias = Callable[[list[Event]], Job]
 
 
@@ -36,6 +37,7 @@ class AsyncFront:
         self._advance = advance
         self._readers: list[_Reader] = []
         self._driver: asyncio.Task[None] | None = None
+        self._actions: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
 
     async def stream(self, start: Start) -> AsyncIterator[Event]:
         """Start a request and yield its events; closing the iterator, or cancelling its task, cancels the request.
@@ -58,13 +60,23 @@ class AsyncFront:
         finally:
             reader.closed = True
 
+    async def between_steps(self, action: Callable[[], T]) -> T:
+        """Call something between two steps, in the thread that steps, and return what it returns."""
+        if self._driver is None or self._driver.done():
+            return action()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._actions.append((action, done))
+        return await done
+
     async def _drive(self) -> None:
         """Step until nobody waits for anything."""
         loop = asyncio.get_running_loop()
         try:
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="qinfer") as thread:
                 error: BaseException | None = None
-                while self._serve(error):
+                while self._serve(error) or self._actions:
+                    while self._actions:
+                        await self._act(thread, *self._actions.pop(0))
                     step = loop.run_in_executor(thread, self._advance)
                     # Requests that a failed step ended have the error in their last event.
                     [error] = await asyncio.gather(step, return_exceptions=True)
@@ -73,6 +85,20 @@ class AsyncFront:
                 if reader.job is not None:
                     reader.job.cancel()
             self._readers.clear()
+            for _, done in self._actions:
+                done.cancel()
+            self._actions.clear()
+
+    async def _act(self, thread: ThreadPoolExecutor, action: Callable[[], Any], done: asyncio.Future[Any]) -> None:
+        """Call what somebody wants called between two steps, and tell what came of it."""
+        called = asyncio.get_running_loop().run_in_executor(thread, action)
+        [result] = await asyncio.gather(called, return_exceptions=True)
+        if done.cancelled():
+            return
+        if isinstance(result, BaseException):
+            done.set_exception(result)
+        else:
+            done.set_result(result)
 
     def _serve(self, error: BaseException | None) -> bool:
         """Hand out events, start and cancel requests between two steps; say whether anybody is left."""

@@ -7,11 +7,11 @@ loops over the same step. A generator belongs to one thread.
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count, groupby
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from qinfer.errors import NonFiniteLogits, UnsupportedError
 from qinfer.models.lora import Lora
 from qinfer.models.model import Model
 
+T = TypeVar("T")
 Prompt: TypeAlias = str | abc.Sequence[int]
 
 _NON_FINITE = (
@@ -243,6 +244,17 @@ class Generator:
         sequence = self._sequence(prompt, params, lora)
         sequence.priority = priority
         return self._front.stream(lambda events: self._enqueue(sequence, events))
+
+    async def between_steps(self, action: Callable[[], T]) -> T:
+        """Call something between two steps while streams of `astream` are open: to load an adapter, for one.
+
+        Args:
+            action: Called without arguments, in the thread that steps.
+
+        Returns:
+            What it returns.
+        """
+        return await self._front.between_steps(action)
 
     def _stream(self, sequence: Sequence) -> Iterator[Event]:
         """Run a sequence once somebody asks for its first event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ import torch
 from qinfer.engine.generator import Generator
 from qinfer.engine.sampling import SamplingParams
 from qinfer.engine.steps import StepRunner
+from qinfer.errors import CheckpointError
 from qinfer.models.lora import Lora
 from qinfer.models.model import Model
 from tests.models import adapters, tiny
@@ -117,6 +119,26 @@ def test_a_stream_holds_its_adapter_from_its_first_event_on(model: Model, folder
         next(late)
     assert second.num_users == 0
     assert not gen.scheduler.has_work
+
+
+def test_loading_while_asynchronous_streams_are_open(model: Model, folder: Path, want: Texts) -> None:
+    gen = generator(model)
+
+    async def ids(lora: Lora | None) -> tuple[int, ...]:
+        return tuple([id async for event in gen.astream(PROMPT, GREEDY, lora=lora) for id in event.token_ids])
+
+    async def serve() -> list[tuple[int, ...]]:
+        before = await gen.between_steps(lambda: model.load_lora(folder / "adapter 1"))
+        both = asyncio.gather(ids(None), ids(before))
+        while not before.num_users:
+            await asyncio.sleep(0)
+        users, late = await gen.between_steps(lambda: (before.num_users, model.load_lora(folder / "adapter 2")))
+        assert users == 1
+        with pytest.raises(CheckpointError, match="is missing"):
+            await gen.between_steps(lambda: model.load_lora(folder))
+        return [*await both, await ids(late)]
+
+    assert asyncio.run(serve()) == want
 
 
 def test_one_adapter_per_prompt(model: Model, folder: Path) -> None:
