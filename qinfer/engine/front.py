@@ -92,7 +92,7 @@ class AsyncFront:
     async def _act(self, thread: ThreadPoolExecutor, action: Callable[[], Any], done: asyncio.Future[Any]) -> None:
         """Call what somebody wants called between two steps, and tell what came of it."""
         called = asyncio.get_running_loop().run_in_executor(thread, action)
-        [result] = await asyncio.gather(called, return_exceptions=True)
+        result: Any = (await asyncio.gather(called, return_exceptions=True))[0]
         if done.cancelled():
             return
         if isinstance(result, BaseException):
