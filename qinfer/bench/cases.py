@@ -187,6 +187,11 @@ def _matmul_parts_case(run: Run) -> None:
 def _dense_head_case(run: Run) -> None:
     s, d = run.shape, run.dtype
 
+    @case("invariant_matmul", f"{run.name} dense head", compiled=run.compiled and run.tokens == 16)
+    def _(m: Maker) -> Arguments:
+        operand = DenseOperand(m.normal(s.vocabulary, s.hidden, dtype=d))
+        return (m.normal(run.tokens, s.hidden, dtype=d), operand), {"out_dtype": FP32}
+
     @case("matmul", f"{run.name} dense head", compiled=False)  # a library's product
     def _(m: Maker) -> Arguments:
         operand = DenseOperand(m.normal(s.vocabulary, s.hidden, dtype=d))

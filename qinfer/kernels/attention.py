@@ -42,6 +42,7 @@ from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
+INVARIANT_ROWS = 32
 # Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
 # found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
 REGISTERS = {"maxnreg": 255}
@@ -63,6 +64,7 @@ def paged_attention_reference(
     softcap: float | None = None,
     order: Tensor | None = None,
     splits: int | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     """Compute paged attention in plain torch and fp32, one sequence at a time."""
     num_tokens, num_heads, head_dim = q.shape
@@ -270,6 +272,7 @@ def _check_paged_attention(
     softcap: float | None = None,
     order: Tensor | None = None,
     splits: int | None = None,
+    invariant: bool = False,
 ) -> None:
     """Look at shapes, dtypes and devices; the values are the caller's word."""
     check_shape("q", q, ("T", "H", "D"))
@@ -306,6 +309,8 @@ def _check_paged_attention(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be positive and finite, got {softcap}; None caps nothing")
+    if invariant and splits not in (None, 1):
+        raise ValueError(f"invariant=True computes the keys of a sequence in one run, got splits={splits}")
     if splits is not None and splits > MAX_SPLITS:
         raise ValueError(f"splits must be at most {MAX_SPLITS}, got {splits}")
 
@@ -325,6 +330,7 @@ def paged_attention(
     softcap: float | None = None,
     order: Tensor | None = None,
     splits: int | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     """Let the new tokens of a batch attend to the pages of their sequences, their own keys included.
 
@@ -341,6 +347,8 @@ def paged_attention(
         softcap: Scores x become softcap * tanh(x / softcap), as Gemma 2 has it; None leaves them.
         order: [H * D] int32, feature j of the result is feature order[j] of the concatenated heads.
         splits: Runs into which the keys of a sequence are cut; None chooses from the shapes alone.
+        invariant: Fix what is otherwise chosen by the step (tiles, and one run), so that a row depends on its own
+            sequence alone, to the last bit. Over plain pages it does not depend on the chunks of its prompt either.
 
     Returns:
         [T, H * D] in q.dtype.
@@ -358,10 +366,14 @@ def paged_attention(
         return out
     is_coded = not k_pages.codec.scheme == v_pages.codec.scheme == "plain"
     itemsize = _element_size(q, k_pages, v_pages)
-    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, is_coded=is_coded)
+    # A few queries' tile: one that decode does not waste and that prompts can live with.
+    tile_queries = max(1, INVARIANT_ROWS // group) if invariant else max_query_len
+    tiles = choose_tiles(tile_queries, group, head_dim, page_size, itemsize, is_coded=is_coded)
     block_q = tiles.block_m // group
     one_block = max_query_len <= block_q
     num_blocks = num_seqs if one_block else num_tokens // block_q + num_seqs
+    if invariant:
+        splits = 1
     if splits is None:
         num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
         splits = choose_splits(num_blocks * num_kv_heads, num_keys // tiles.block_n, q.device)

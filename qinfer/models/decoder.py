@@ -23,6 +23,7 @@ from qinfer.kernels.parts import add_up
 from qinfer.models.architectures import NameMap, name_map
 from qinfer.models.batch import Batch
 from qinfer.models.config import ModelConfig
+from qinfer.models.invariant import make_invariant
 from qinfer.models.layers import Attention, Embedding, GatedMLP, HeadNorm, Linear, MergedLinear, RMSNorm, RopeTable
 from qinfer.models.parameters import CheckpointParameters, Parameters
 from qinfer.models.shards import Cutter, Idle, SomeRows
@@ -80,6 +81,7 @@ class Decoder:
         dtype: torch.dtype,
         comm: Communicator,
         plan: Plan | None = None,
+        invariant: bool = False,
     ) -> Decoder:
         """Read a decoder, or this rank's share of one, from a checkpoint, one matrix after the other.
 
@@ -90,6 +92,7 @@ class Decoder:
             dtype: dtype of the activations.
             comm: the ranks that share the model.
             plan: what each of them holds; None: this process holds everything.
+            invariant: fix tiles and runs, so that a row does not depend on the others (models/invariant.py).
 
         Raises:
             CheckpointError: a tensor is missing, does not fit, or would be left over.
@@ -99,7 +102,7 @@ class Decoder:
         parameters = CheckpointParameters(checkpoint, device=device, dtype=dtype)
         decoder = cls.build(config, parameters, device=device, dtype=dtype, comm=comm, plan=plan)
         parameters.check_leftovers(root(config))
-        return decoder
+        return make_invariant(decoder) if invariant else decoder
 
     @classmethod
     def build(

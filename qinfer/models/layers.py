@@ -17,6 +17,7 @@ from torch import Tensor
 from qinfer.cache.paged import PagedKVCache
 from qinfer.kernels.attention import paged_attention
 from qinfer.kernels.gather import gather_columns, gather_rows
+from qinfer.kernels.invariant import invariant_matmul
 from qinfer.kernels.kv_write import rope_write
 from qinfer.kernels.matmul import matmul, matmul_parts
 from qinfer.kernels.operand import Operand
@@ -34,6 +35,7 @@ class Linear:
 
     operand: Operand
     bias: Tensor | None = None  # [N]
+    invariant: bool = False  # a row's result does not depend on the other rows
 
     @property
     def order(self) -> Tensor | None:
@@ -61,10 +63,13 @@ class Linear:
         Returns:
             [T, N].
         """
-        return matmul(x, self.operand, bias=self.bias, out=out, out_dtype=out_dtype)
+        product = invariant_matmul if self.invariant else matmul
+        return product(x, self.operand, bias=self.bias, out=out, out_dtype=out_dtype)
 
     def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         """Multiply x [T, K] for an op that adds parts while it reads them: [S, T, N], see `matmul_parts`."""
+        if self.invariant:
+            return self(x, out_dtype=out_dtype)[None]
         return matmul_parts(x, self.operand, bias=self.bias, out_dtype=out_dtype)
 
     def linears(self) -> Iterator[Linear]:
@@ -235,6 +240,7 @@ class Attention:
     norm: HeadNorm | None = None
     qkv_lora: LoraStack | None = None
     out_lora: LoraStack | None = None
+    invariant: bool = False  # a row's result does not depend on the other rows
 
     def __call__(self, x: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Write keys and values of the new tokens, then attend.
@@ -276,6 +282,7 @@ class Attention:
             scale=self.scale,
             window=self.window,
             order=self.out.order,
+            invariant=self.invariant,
         )
         parts = self.out.in_parts(mixed, out_dtype=torch.float32)
         if self.out_lora is not None:

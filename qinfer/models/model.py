@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from qinfer.models.architectures import name_map, read_config
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.config import ModelConfig
 from qinfer.models.decoder import Decoder
+from qinfer.models.invariant import check_invariant
 from qinfer.models.lora import Lora, Loras
 from qinfer.models.placement import place, sizes_of
 from qinfer.parallel.comm import Alone, Communicator, Group
@@ -83,6 +85,7 @@ class Model:
         gpus: Sequence[float] | None = None,
         cache_tokens: int = 8192,
         parallel: Group | None = None,
+        invariant: bool = False,
     ) -> Model:
         """Load a checkpoint.
 
@@ -96,6 +99,8 @@ class Model:
             cache_tokens: tokens that the division leaves room for in the cache; with `gpus` or `parallel` only.
             parallel: this process is a rank of a group, all of which load the model; with `gpus`, one entry per rank,
                 or else the memory that is free.
+            invariant: a text's logits do not depend on who else is in the batch, to the last bit, nor, with a plain
+                cache, on the chunks of its prompt; costs speed, most of it in prompts. Not on a CPU.
 
         Raises:
             CheckpointError: a file is missing, damaged or contradicts another.
@@ -107,23 +112,27 @@ class Model:
         config = read_config(checkpoint)
         found = _resolve_device(device) if parallel is None else parallel.device
         resolved = resolve_dtype(dtype, found, config)
+        if invariant:
+            check_invariant(found)
         tokenizer = load_tokenizer(checkpoint, config)
+        kind: dict[str, Any] = {"dtype": resolved, "invariant": invariant}
         if gpus is None and parallel is None:
-            decoder = Decoder.load(checkpoint, config, device=found, dtype=resolved, comm=Alone())
+            decoder = Decoder.load(checkpoint, config, device=found, comm=Alone(), **kind)
             return cls(config, decoder, device=found, dtype=resolved, tokenizer=tokenizer)
         plan = place(sizes_of(checkpoint, config), gpus, parallel, cache_tokens)
         if plan.size == 1 and parallel is None:
             found = torch.device("cuda", plan.shares[0].gpu) if found.type == "cuda" else found
-            decoder = Decoder.load(checkpoint, config, device=found, dtype=resolved, comm=Alone())
+            decoder = Decoder.load(checkpoint, config, device=found, comm=Alone(), **kind)
             return cls(config, decoder, device=found, dtype=resolved, tokenizer=tokenizer)
         if parallel is None:
             name = str(resolved).removeprefix("torch.")
             options = {"path": str(path), "dtype": name, "gpus": list(gpus or ()), "cache_tokens": cache_tokens}
+            options["invariant"] = invariant
             devices = [f"cuda:{share.gpu}" if found.type == "cuda" else "cpu" for share in plan.shares]
             parallel = lead("qinfer.engine.follow:run", options, devices)
         try:
             found = parallel.device
-            decoder = Decoder.load(checkpoint, config, device=found, dtype=resolved, comm=parallel, plan=plan)
+            decoder = Decoder.load(checkpoint, config, device=found, comm=parallel, plan=plan, **kind)
             parallel.barrier()
         except BaseException as problem:
             parallel.fail(f"{type(problem).__name__}: {problem}")

@@ -1,0 +1,61 @@
+"""Whole models: the logits of a text are the same bits alone, beside others, and in chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qinfer import Model
+from qinfer.env import settings
+from qinfer.errors import UnsupportedError
+from qinfer.kernels.device import default_device
+from qinfer.models.batch import Batch, Piece
+from qinfer.models.invariant import make_invariant
+from tests.models import tiny
+
+PAGE = 16
+
+
+def _logits(model: Model, pieces: list[Piece], cache: object) -> Tensor:
+    return model.decoder(Batch.build(pieces, page_size=PAGE, device=model.device), cache)
+
+
+@pytest.mark.kernel
+def test_logits_are_the_same_in_any_batch_and_chunk(tmp_path: Path, device: str) -> None:
+    tiny.save(tmp_path, "qwen3", head_dim=16, num_hidden_layers=1)
+    model = Model.load(tmp_path, device=device, dtype="fp16", invariant=True)
+    ids, others = tiny.prompt(18), tiny.prompt(3, seed=1)
+    whole = _logits(model, [Piece(ids, 0, [0, 1], "all")], model.new_cache(2, page_size=PAGE))
+
+    # A chunk beside a prompt, a token beside a token, and a chunk alone.
+    cache = model.new_cache(4, page_size=PAGE)
+    first = _logits(model, [Piece(others, 0, [2], "last"), Piece(ids[:7], 0, [3, 1], "all")], cache)[1:]
+    second = _logits(model, [Piece([5], 3, [2], "last"), Piece(ids[7:8], 7, [3, 1], "all")], cache)[1:]
+    third = _logits(model, [Piece(ids[8:], 8, [3, 1], "all")], cache)
+    assert torch.equal(torch.cat([first, second, third]), whole)
+
+
+def test_every_product_is_fixed(tmp_path: Path) -> None:
+    """What the pieces above cannot show of layers they do not have: nothing is left to choose anywhere."""
+    tiny.save(tmp_path, "llama", tie_word_embeddings=True)
+    decoder = Model.load(tmp_path, device="cpu").decoder
+    fixed = make_invariant(decoder)
+    assert not any(linear.invariant for linear in decoder.linears())
+    assert all(linear.invariant for linear in fixed.linears())
+    assert all(block.attention.invariant for block in fixed.blocks)
+    assert len(list(fixed.linears())) == len(list(decoder.linears()))
+    assert fixed.head is not None
+    assert fixed.head.operand is decoder.head.operand
+    assert fixed.embedding is decoder.embedding
+
+
+@pytest.mark.skipif(default_device().type == "cuda", reason="there is a GPU")
+def test_a_cpu_cannot_promise_it(tmp_path: Path) -> None:
+    if settings().interpret:
+        pytest.skip("interpreted kernels can")
+    tiny.save(tmp_path, "llama")
+    with pytest.raises(UnsupportedError, match="invariant=True needs the kernels"):
+        Model.load(tmp_path, device="cpu", invariant=True)
