@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qinfer import Model
+from qinfer.cache.paged import PagedKVCache
 from qinfer.env import settings
 from qinfer.errors import UnsupportedError
+from qinfer.kernels.attention import paged_attention
 from qinfer.kernels.device import default_device
+from qinfer.models import layers
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.invariant import make_invariant
 from tests.models import tiny
@@ -19,8 +23,9 @@ from tests.models import tiny
 PAGE = 16
 
 
-def _logits(model: Model, pieces: list[Piece], cache: object) -> Tensor:
-    return model.decoder(Batch.build(pieces, page_size=PAGE, device=model.device), cache)
+def _logits(model: Model, pieces: list[Piece], cache: PagedKVCache | None = None) -> Tensor:
+    batch = Batch.build(pieces, page_size=PAGE, device=model.device)
+    return model.decoder(batch, cache or model.new_cache(2, page_size=PAGE))
 
 
 @pytest.mark.kernel
@@ -28,7 +33,7 @@ def test_logits_are_the_same_in_any_batch_and_chunk(tmp_path: Path, device: str)
     tiny.save(tmp_path, "qwen3", head_dim=16, num_hidden_layers=1)
     model = Model.load(tmp_path, device=device, dtype="fp16", invariant=True)
     ids, others = tiny.prompt(18), tiny.prompt(3, seed=1)
-    whole = _logits(model, [Piece(ids, 0, [0, 1], "all")], model.new_cache(2, page_size=PAGE))
+    whole = _logits(model, [Piece(ids, 0, [0, 1], "all")])
 
     # A chunk beside a prompt, a token beside a token, and a chunk alone.
     cache = model.new_cache(4, page_size=PAGE)
@@ -38,10 +43,11 @@ def test_logits_are_the_same_in_any_batch_and_chunk(tmp_path: Path, device: str)
     assert torch.equal(torch.cat([first, second, third]), whole)
 
 
-def test_every_product_is_fixed(tmp_path: Path) -> None:
+def test_every_product_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the pieces above cannot show of layers they do not have: nothing is left to choose anywhere."""
     tiny.save(tmp_path, "llama", tie_word_embeddings=True)
-    decoder = Model.load(tmp_path, device="cpu").decoder
+    model = Model.load(tmp_path, device="cpu")
+    decoder = model.decoder
     fixed = make_invariant(decoder)
     assert not any(linear.invariant for linear in decoder.linears())
     assert all(linear.invariant for linear in fixed.linears())
@@ -50,6 +56,17 @@ def test_every_product_is_fixed(tmp_path: Path) -> None:
     assert fixed.head is not None
     assert fixed.head.operand is decoder.head.operand
     assert fixed.embedding is decoder.embedding
+
+    asked: list[bool] = []
+
+    def attend(*args: Any, invariant: bool, **options: Any) -> Tensor:
+        asked.append(invariant)
+        return paged_attention.reference(*args, **options)
+
+    monkeypatch.setattr(layers, "paged_attention", attend)
+    for chosen in (decoder, fixed):
+        _logits(Model(model.config, chosen, device=model.device, dtype=model.dtype), [Piece([1], 0, [0], "last")])
+    assert asked == [False] * len(decoder.blocks) + [True] * len(fixed.blocks)
 
 
 @pytest.mark.skipif(default_device().type == "cuda", reason="there is a GPU")
