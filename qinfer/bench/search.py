@@ -14,9 +14,8 @@ from math import ceil, inf
 
 from qinfer.kernels.tiles import Product, Tile
 
-Clock = Callable[
-    [Mapping[Product, Tile]], float
-]  # tiles that differ from the table -> milliseconds of the step, or inf
+# Tiles that differ from the table -> milliseconds of the step, or infinity.
+Clock = Callable[[Mapping[Product, Tile]], float]
 
 MIN_GAIN = 0.002  # of the step: less is noise, whatever the samples say
 CONFIRMATIONS = 5  # pairs of runs, old and new in turns

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 PAGE_SIZE = 256
+SHAPE = ("op", "bits", "group_size", "m_max", "n", "k")  # fields of a row that say what it is for
 TOLERANCE = 2e-3  # relative RMS of a product against its reference
 FAILURES = (OutOfResources, PTXASError, CompilationError)  # too much shared memory or too many registers
 
@@ -161,9 +162,10 @@ def _row(key: Product, change: Change, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Put rows into a table, in place of older ones of the same shapes, a row to a line."""
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    table = {(row["op"], *(row[field] for field in Product._fields)): row for row in (*kept, *rows)}
+    """Put rows into a table, in place of older ones of the same shapes, a row to a line; keep what else it says."""
+    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    table = {(row["op"], *(row[field] for field in Product._fields)): row for row in (*old.pop("rows"), *rows)}
     lines = ",\n".join("  " + json.dumps(row) for _, row in sorted(table.items()))
+    head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in old.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"command": "python -m qinfer.bench tune", "rows": [\n{lines}\n]}}\n')
+    path.write_text(f'{{{head[1:]} "rows": [\n{lines}\n]}}\n')

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qinfer.kernels.device import arch, num_sms, op
 from qinfer.kernels.matmul import FUSED_ROWS, matmul
-from qinfer.kernels.operand import DenseOperand, Operand, SegmentedOperand
+from qinfer.kernels.operand import DenseOperand, Operand, PlaneOperand, SegmentedOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.tiles import Tile, lookup
 
@@ -63,11 +63,12 @@ def _dense_kernel(
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def fixed_tile(operand: Operand, device: torch.device) -> Tile:
+def fixed_tile(operand: PlaneOperand | SegmentedOperand, device: torch.device) -> Tile:
     """Return the tile of a packed matrix for any number of rows."""
     segments = operand.segments if isinstance(operand, SegmentedOperand) else (operand,)
-    widths = tuple(segment.bits for segment in segments if not isinstance(segment, DenseOperand))
-    return lookup(arch(device), num_sms(device), FUSED_ROWS, operand.out_features, operand.in_features, widths)
+    widths, group_size = tuple(segment.bits for segment in segments), segments[0].group_size
+    n, k = operand.out_features, operand.in_features
+    return lookup(arch(device), num_sms(device), FUSED_ROWS, n, k, widths, group_size)
 
 
 def _check_invariant_matmul(

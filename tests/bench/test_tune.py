@@ -105,7 +105,9 @@ def test_rows_replace_those_of_the_same_shape_and_are_read(tmp_path: Path, monke
     path = tmp_path / "tables" / "sm_test.json"
     about = {"preset": "x", "gpu": "y", "revision": "z"}
     tune.write(path, [tune._row(key, Change(GOOD, 1.0, 0.9), about) for key in (FIRST, SECOND)])
+    path.write_text(path.read_text().replace("{", '{"step": "a note",', 1))
     tune.write(path, [tune._row(SECOND, Change(BETTER, 0.9, 0.85), about)])
+    assert json.loads(path.read_text())["step"] == "a note"
     rows = json.loads(path.read_text())["rows"]
     assert [(row["n"], row["split_k"], row["step_us_before"]) for row in rows] == [(256, 4, 900.0), (512, 2, 1000.0)]
     assert all(row["gpu"] == "y" and row["revision"] == "z" for row in rows)

@@ -61,7 +61,7 @@ def test_the_tile_of_a_mixture_is_fixed_too():
     """Segments share one tile, the one that many rows would get."""
     operand = _operand("exl2-4.0", torch.device("cpu"))
     widths = tuple(segment.bits for segment in operand.segments)
-    assert fixed_tile(operand, torch.device("cpu")) == lookup("cpu", 1, FUSED_ROWS, N, K, widths)
+    assert fixed_tile(operand, torch.device("cpu")) == lookup("cpu", 1, FUSED_ROWS, N, K, widths, 128)
 
 
 @pytest.mark.kernel
