@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qinfer.bench.attention_peers import ATTENTION_PEERS
 from qinfer.bench.contender import Contender, Outcome, made, more, outcome
-from qinfer.bench.measure import environment, read_bandwidth
+from qinfer.bench.measure import environment, product_rate, read_bandwidth
 from qinfer.bench.report import append
 from qinfer.bench.synthetic import PRESETS
 from qinfer.cache.formats import kv_format
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         raise UnsupportedError("bench op attention measures a GPU, and torch finds none here")
     if options.queries < 1 or min(options.context) < options.queries:
         raise ValueError(f"--context must be at least --queries, got {min(options.context)} and {options.queries}")
-    bandwidth, setting = read_bandwidth(device), environment(device)
+    bandwidth, peak, setting = read_bandwidth(device), product_rate(device), environment(device)
     config = PRESETS[options.preset]
     print(f"{setting['gpu']}, reads {bandwidth:,.0f} GB/s")
     print(f"{'B':>4} {'context':>8} {'queries':>8} {'':<18}{'µs':>9}{'GB/s':>9}{'TFLOP/s':>9}")
@@ -93,7 +93,12 @@ def run(options: argparse.Namespace) -> int:
                 print(f"{batch:>4} {context:>8} {step.queries:>8} {name:<18}{found!s:>9}{rates[0]:>9}{rates[1]:>9}")
                 row = {"bench": "op", "op": "attention", "format": name, "model": options.preset, "batch": batch}
                 row |= {"context": context, "queries": step.queries, "bytes": moved, "flops": step.flops}
-                row |= {"ms": found.ms, "problem": found.problem, "read_bandwidth_gb_s": bandwidth}
+                row |= {
+                    "ms": found.ms,
+                    "problem": found.problem,
+                    "read_bandwidth_gb_s": bandwidth,
+                    "product_tflops": peak,
+                }
                 row |= {"fraction_of_roof": None if found.ms is None else moved / found.ms / 1e6 / bandwidth}
                 append({**row, **setting}, options.json)
     return 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qinfer.bench.contender import Contender, Outcome, made, more, outcome
-from qinfer.bench.measure import environment, read_bandwidth
+from qinfer.bench.measure import environment, product_rate, read_bandwidth
 from qinfer.bench.peers import MATMUL_PEERS
 from qinfer.bench.recipes import PACKED
 from qinfer.bench.report import append
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     unknown = [name for name in names if name not in PACKED]
     if unknown:
         raise UnsupportedError(f"there is no format {unknown[0]!r}; these work: all, {', '.join(PACKED)}")
-    bandwidth, setting = read_bandwidth(device), environment(device)
+    bandwidth, peak, setting = read_bandwidth(device), product_rate(device), environment(device)
     print(f"{setting['gpu']}, reads {bandwidth:,.0f} GB/s; µs per product")
     print(f"{'N × K':<15} {'format':<15} {'MB':>6}" + "".join(f"{f'M={m}':>9}" for m in options.rows) + "  GB/s at M=1")
     for n, k in shapes(options.preset or ["llama-3.1-8b"]):
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
                 print(f"{'':<16}{problem}")
             for m, one in zip(options.rows, found, strict=True):
                 row = {"bench": "op", "op": "matmul", "format": name, "m": m, "n": n, "k": k, "bytes": nbytes}
-                row |= {"ms": one.ms, "problem": one.problem, "read_bandwidth_gb_s": bandwidth}
+                row |= {"ms": one.ms, "problem": one.problem, "read_bandwidth_gb_s": bandwidth, "product_tflops": peak}
                 row |= {"fraction_of_roof": None if one.ms is None else nbytes / one.ms / 1e6 / bandwidth}
                 append({**row, **setting}, options.json)
     return 0

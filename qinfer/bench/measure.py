@@ -21,6 +21,7 @@ from qinfer.kernels.device import num_sms
 
 READ_BYTES = 4 << 30  # far beyond any cache
 READ_BYTES_CPU = 256 << 20
+PRODUCT_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,13 @@ def read_bandwidth(device: torch.device) -> float:
 
         best = max(best, data.nbytes / time_graph([read], device).median / 1e6)
     return best
+
+
+def product_rate(device: torch.device) -> float:
+    """Measure how fast torch multiplies large fp16 matrices on a GPU, in TFLOP/s."""
+    x, y = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device=device).half()
+    out = torch.empty_like(x)
+    return 2 * PRODUCT_SIZE**3 / time_graph([lambda: torch.mm(x, y, out=out)], device).median / 1e9
 
 
 def revision() -> str:
