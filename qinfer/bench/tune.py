@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 PAGE_SIZE = 256
-SHAPE = ("op", "bits", "group_size", "m_max", "n", "k")  # fields of a row that say what it is for
 TOLERANCE = 2e-3  # relative RMS of a product against its reference
 FAILURES = (OutOfResources, PTXASError, CompilationError)  # too much shared memory or too many registers
 
