@@ -26,6 +26,7 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import gcd
+from threading import Lock
 
 import torch
 import triton
@@ -44,9 +45,9 @@ MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
 MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
 
-
 # Matrices that the reference has dequantized on a CPU, as long as their planes live.
 _kept: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+_keeping = Lock()
 
 
 def segments_of(operand: PlaneOperand | SegmentedOperand) -> tuple[PlaneOperand, ...]:
@@ -63,8 +64,9 @@ def _dequantized(operand: PlaneOperand) -> Tensor:
     if planes in _kept:
         return _kept[planes]
     weight = dequantize.reference(planes, operand, dtype=torch.float32)
-    if planes.device.type == "cpu" and weight.numel() + sum(w.numel() for w in _kept.values()) <= MAX_SCRATCH:
-        _kept[planes] = weight
+    with _keeping:
+        if planes.device.type == "cpu" and weight.numel() + sum(w.numel() for w in _kept.values()) <= MAX_SCRATCH:
+            _kept[planes] = weight
     return weight
 
 

@@ -198,7 +198,6 @@ def build_experts(config: ExpertConfig, hidden: int, names: NameMap, cutter: Cut
         cutter: gives the matrices.
     """
     spans, width = cutter.spans("mlp", config.mlp_size), config.mlp_size
-    router = cutter.parameters.linear(names.router, (hidden, config.num_experts), has_bias=False)
     modules = [names.expert(index) for index in range(config.num_experts)]
     gate_up = _of_all(
         [
@@ -206,6 +205,7 @@ def build_experts(config: ExpertConfig, hidden: int, names: NameMap, cutter: Cut
             for gate, up, _ in modules
         ]
     )
+    router = cutter.parameters.linear(names.router, (hidden, config.num_experts), has_bias=False)
     # All experts are cut alike, though some could be cut in the better way.
     shape, sizes = (width, hidden), tuple(stop - start for start, stop in spans)
     columns: Span = (0, hidden)

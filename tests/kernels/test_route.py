@@ -116,7 +116,7 @@ def test_one_expert_may_take_everything(device: torch.device) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="top_k must be from 1 to the number of experts, .* got 5 of 4"):
+    with pytest.raises(ValueError, match=r"top_k must be from 1 to the number of experts, .* got 5 of 4"):
         route(torch.zeros(1, 4), top_k=5, normalized=True)
     with pytest.raises(TypeError, match=r"logits must be float32, got torch.float16"):
         route(torch.zeros(1, 4, dtype=torch.float16), top_k=2, normalized=True)
