@@ -19,6 +19,7 @@ from qinfer.engine.job import Job
 from qinfer.engine.sampling import SamplingParams
 from qinfer.kernels.device import default_device
 from qinfer.models.batch import Batch, Piece
+from qinfer.models.experts import SparseMLP
 from qinfer.models.model import Model
 from qinfer.models.placement import place
 from qinfer.parallel.comm import Group
@@ -133,10 +134,11 @@ def time_steps(generator: Generator, jobs: Sequence[Job]) -> Times:
 def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     """Count what a decode step must read.
 
-    Every matrix and norm once; per sequence one row of the embedding, and the cache at the middle of the contexts.
+    Every matrix and norm once, but of experts only those that the batch takes; per sequence one row of the embedding,
+    and the cache at the middle of the contexts.
     """
     config, decoder = model.config, model.decoder
-    weights: int = sum(linear.nbytes for linear in decoder.linears())
+    weights: int = sum(linear.nbytes for linear in decoder.linears()) - _untaken_bytes(model, options.batch)
     table, *norms = decoder.tensors()
     cache = model.new_cache(1, kv_format=options.kv_format)
     middle = options.context + options.new_tokens // 2
@@ -145,6 +147,16 @@ def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     per_sequence: int = table.shape[1] * table.itemsize + config.num_layers * middle * per_token
     batch: int = options.batch
     return weights + sum(norm.nbytes for norm in norms) + batch * per_sequence
+
+
+def _untaken_bytes(model: Model, batch: int) -> int:
+    """Count the experts that no token of a step takes, on average over tokens that choose evenly."""
+    config = model.config.experts
+    if config is None:
+        return 0
+    mlps = [block.mlp for block in model.decoder.blocks if isinstance(block.mlp, SparseMLP)]
+    stored = sum(linear.nbytes for mlp in mlps for linear in mlp.expert_linears())
+    return int(stored * (1 - config.per_token / config.num_experts) ** batch)
 
 
 def _prefill(model: Model, tokens: int) -> Times:

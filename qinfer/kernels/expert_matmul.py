@@ -75,7 +75,7 @@ def expert_tile(device: torch.device, num_pairs: int, operand: ExpertOperand) ->
     matrix, hit = operand.first, max(1, min(num_pairs, operand.num_experts))
     widths = DENSE_WIDTHS if isinstance(matrix, DenseOperand) else tuple(s.bits for s in segments_of(matrix))
     sms, rows = max(1, num_sms(device) // hit), max(1, -(-num_pairs // operand.num_experts))
-    # Rows that are looked up take registers of their own: with long steps, groups of 32 and 32 rows some are spilled.
+    # Rows that are looked up take registers of their own: with long steps, half as many fit as in `matmul`.
     has_long_steps = max(step_k(bits) for bits in widths) > LONG_STEP
     max_rows = MIN_ROWS if has_long_steps else MAX_ROWS.get(arch(device), MIN_ROWS)
     return rule(sms, rows, matrix.out_features, matrix.in_features, widths, max_rows=max_rows)
@@ -117,11 +117,11 @@ def _load_block(p_blocks, p_pairs, p_slots, HAS_SLOTS: tl.constexpr, BLOCK_M: tl
 
 # Parts and their distance differ from step to step and from matrix to matrix; a kernel per divisibility of any of these
 # would be compiled in the middle of serving.
-@triton.jit(do_not_specialize=["num_parts", "part_stride", "num_groups", "num_high"])
+@triton.jit(do_not_specialize=["num_pairs", "num_parts", "num_groups", "num_high"])
 def _expert_matmul_kernel(
     p_x, p_high, p_low, p_scales, p_offsets, p_blocks, p_pairs, p_slots,
     p_out,  # [parts of K, P, N]
-    num_parts, N, K, x_stride, part_stride, out_stride, num_high, num_groups, group_size,
+    num_pairs, num_parts, N, K, x_stride, out_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
     GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
     PER_ROW: tl.constexpr, HAS_SLOTS: tl.constexpr,
@@ -144,13 +144,13 @@ def _expert_matmul_kernel(
         False,  # it has waited already
     )  # fmt: skip
     let_next_start(OVERLAP)
-    p_y = p_out + i_k * tl.cast(part_stride, tl.int64) + b_pairs.to(tl.int64)[None, :] * out_stride + o_n[:, None]
+    p_y = p_out + (i_k.to(tl.int64) * num_pairs + b_pairs[None, :]) * out_stride + o_n[:, None]
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_m)
 
 
-@triton.jit(do_not_specialize=["num_parts", "part_stride"])
+@triton.jit(do_not_specialize=["num_pairs", "num_parts"])
 def _dense_expert_matmul_kernel(
-    p_x, p_weights, p_blocks, p_pairs, p_slots, p_out, num_parts, N, K, x_stride, part_stride, out_stride,
+    p_x, p_weights, p_blocks, p_pairs, p_slots, p_out, num_pairs, num_parts, N, K, x_stride, out_stride,
     PER_ROW: tl.constexpr, HAS_SLOTS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def _dense_expert_matmul_kernel(
         b_x = tl.load(p_xs + first, mask=m_x, other=0.0)
         b_acc = tl.dot(b_w, b_x, b_acc, input_precision="ieee")
     let_next_start(OVERLAP)
-    p_y = p_out + i_k * tl.cast(part_stride, tl.int64) + b_pairs.to(tl.int64)[None, :] * out_stride + o_n[:, None]
+    p_y = p_out + (i_k.to(tl.int64) * num_pairs + b_pairs[None, :]) * out_stride + o_n[:, None]
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n & m_m)
 
 
@@ -196,6 +196,8 @@ def _check_expert_matmul(
         raise TypeError(f"x must have the weights' dtype {operand.first.weight.dtype}, got {x.dtype}")
     if out is not None and (out.dim() != 3 or tuple(out.shape[1:]) != (num_pairs, n) or out.stride(2) != 1):
         raise ValueError(f"out must be [S, {num_pairs}, {n}] with rows contiguous, got {list(out.shape)}")
+    if out is not None and out.shape[0] > 1 and out.stride(0) != num_pairs * out.stride(1):
+        raise ValueError(f"the parts of out must follow each other row by row, got strides {list(out.stride())}")
     if out is not None and out_dtype not in (None, out.dtype):
         raise TypeError(f"out_dtype must be that of out, {out.dtype}, got {out_dtype}")
     if out is not None and out.shape[0] < operand.num_segments:
@@ -206,10 +208,10 @@ def _check_expert_matmul(
 
 def _dense(x: Tensor, matrix: DenseOperand, tables: Tables, out: Tensor, tile: Tile) -> None:
     """Write the parts of a dense product to out [S, P, N]."""
-    parts, _, n = out.shape
+    parts, num_pairs, n = out.shape
     k, (blocks, pairs, slots, constants) = matrix.in_features, tables
     _dense_expert_matmul_kernel[(triton.cdiv(n, DENSE_BLOCK_N), parts, blocks.shape[0])](
-        x, matrix.weight, blocks, pairs, slots, out, parts, n, k, x.stride(0), out.stride(0), out.stride(1),
+        x, matrix.weight, blocks, pairs, slots, out, num_pairs, parts, n, k, x.stride(0), out.stride(1),
         **constants, EVEN_K=k % DENSE_BLOCK_K == 0, BLOCK_M=tile.block_m, BLOCK_N=DENSE_BLOCK_N,
         BLOCK_K=DENSE_BLOCK_K, STAGES=tile.stages, num_warps=4, **overlap(x),
     )  # fmt: skip
@@ -217,13 +219,16 @@ def _dense(x: Tensor, matrix: DenseOperand, tables: Tables, out: Tensor, tile: T
 
 def _planes(x: Tensor, matrix: PlaneOperand, tables: Tables, out: Tensor, tile: Tile) -> None:
     """Write the parts of a product with planes to out [S, P, N]."""
-    parts, _, n = out.shape
+    parts, num_pairs, n = out.shape
     blocks, pairs, slots, constants = tables
     offsets = matrix.scales if matrix.offsets is None else matrix.offsets
+    if step_k(matrix.bits) > LONG_STEP:
+        # Sixteen slices of a step, unrolled, do not fit the registers of four warps where groups are small.
+        tile = replace(tile, warps=8)
     names = ("BITS", "HIGH_TILES", "HAS_LOW", "SLICES", "RUN", "GROUP", "HAS_OFFSETS", "EVEN_K")
     _expert_matmul_kernel[(triton.cdiv(n, tile.block_n), parts, blocks.shape[0])](
         x, matrix.planes[0], matrix.planes[-1], matrix.scales, offsets, blocks, pairs, slots, out,
-        parts, n, matrix.in_features, x.stride(0), out.stride(0), out.stride(1),
+        num_pairs, parts, n, matrix.in_features, x.stride(0), out.stride(1),
         matrix.planes[0].shape[0], matrix.scales.shape[0], matrix.group_size,
         **dict(zip(names, constants_of(matrix), strict=True)), **constants, PTX=is_ptx_target(x),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,

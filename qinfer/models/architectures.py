@@ -7,7 +7,7 @@ absence a meaning; every such case is named below with its reason. Sizes are alw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qinfer.checkpoint import Checkpoint
@@ -125,13 +125,7 @@ def _read_mixtral(checkpoint: Checkpoint) -> ModelConfig:
     num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     # The router's weights always sum to one; the format has no field for it.
     experts = _experts(config, mlp_size="intermediate_size", normalized=True, layers=(True,) * num_layers)
-    return _model(
-        checkpoint,
-        num_kv_heads=config.integer("num_key_value_heads"),
-        head_dim=_head_dim(config),
-        windows=_mistral_windows(config),
-        experts=experts,
-    )
+    return replace(_read_mistral(checkpoint), experts=experts)
 
 
 def _mistral_windows(config: Fields) -> tuple[int | None, ...]:
@@ -184,7 +178,7 @@ def _read_qwen3_moe(checkpoint: Checkpoint) -> ModelConfig:
     normalized = config.flag("norm_topk_prob", absent=None)
     # The format's switch is off when absent.
     is_windowed = config.flag("use_sliding_window", absent=False) and config.has("sliding_window")
-    return _model(
+    model = _model(
         checkpoint,
         num_kv_heads=config.integer("num_key_value_heads"),
         # Never hidden_size / heads: the format sets it apart and always writes it.
@@ -194,8 +188,9 @@ def _read_qwen3_moe(checkpoint: Checkpoint) -> ModelConfig:
         o_bias=config.flag("attention_bias", absent=False),
         qk_norm=True,
         windows=(config.integer("sliding_window") if is_windowed else None,) * num_layers,
-        experts=_experts(config, mlp_size="moe_intermediate_size", normalized=normalized, layers=layers),
     )
+    experts = _experts(config, mlp_size="moe_intermediate_size", normalized=normalized, layers=layers)
+    return replace(model, experts=experts)
 
 
 def _experts(config: Fields, *, mlp_size: str, normalized: bool, layers: tuple[bool, ...]) -> ExpertConfig | None:
@@ -226,7 +221,6 @@ def _model(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     windows: tuple[int | None, ...] | None = None,
-    experts: ExpertConfig | None = None,
 ) -> ModelConfig:
     """Read the fields that all families share and add those that a family reads in its own way; see ModelConfig."""
     config = Fields(checkpoint.config, checkpoint.config_file)
@@ -256,7 +250,6 @@ def _model(
         eos_ids=config.tokens("eos_token_id") | generation.tokens("eos_token_id"),
         dtype=_dtype(checkpoint, config),
         bos_id=min(config.tokens("bos_token_id"), default=None),
-        experts=experts,
     )
 
 

@@ -195,6 +195,15 @@ class ModelConfig:
         return self.experts is not None and self.experts.layers[layer]
 
     @property
+    def num_mlp_weights(self) -> int:
+        """Weights of gate, up and down of all layers and experts."""
+        experts = self.experts
+        num_sparse = 0 if experts is None else sum(experts.layers)
+        width = (self.num_layers - num_sparse) * self.mlp_size
+        width += 0 if experts is None else num_sparse * experts.num_experts * experts.mlp_size
+        return 3 * self.hidden_size * width
+
+    @property
     def cut_mlp_size(self) -> int:
         """Width of the MLPs that decide how a model is divided: of its experts if it has any."""
         return self.mlp_size if self.experts is None else self.experts.mlp_size

@@ -157,7 +157,7 @@ class SparseMLP:
     gate_up: ExpertLinear | None  # None on a rank that has none of the columns
     down: ExpertOutput
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *_: object) -> Tensor:
         """Return [1, T, C] fp32 for x [T, C]; the sum over the ranks is the result."""
         routing = self._route(x)
         if self.gate_up is None:

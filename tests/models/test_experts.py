@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from qinfer.__main__ import main
+from qinfer.bench.model import _untaken_bytes
+from qinfer.bench.synthetic import synthetic_sizes
 from qinfer.checkpoint import Checkpoint
 from qinfer.engine.generator import Generator
 from qinfer.engine.sampling import SamplingParams
@@ -19,6 +22,7 @@ from qinfer.models.config import ExpertConfig
 from qinfer.models.experts import SparseMLP
 from qinfer.models.layers import GatedMLP
 from qinfer.models.model import Model
+from qinfer.programs.doctor import examine
 from tests.compare import assert_close, errors
 from tests.models import tiny
 from tests.models.tiny_experts import MIXTRAL, QUANTIZE, QWEN3, quantize
@@ -167,3 +171,35 @@ def test_experts_in_one_tensor_are_refused_by_name(tmp_path: Path, model_type: s
     model.save_pretrained(tmp_path, save_original_format=False)
     with pytest.raises(UnsupportedError, match=r"mlp\.experts\.gate_up_proj.*save_original_format=True"):
         Model.load(tmp_path, device="cpu")
+
+
+def test_the_doctor_and_the_plan_know_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save(tmp_path / "source", "qwen3_moe", **{**QWEN3, "mlp_only_layers": [0]})
+    quantize(tmp_path / "source", tmp_path / "quantized", tmp_path / "twin", "gptq")
+    report = examine(tmp_path / "quantized")
+    assert report.refused == []
+    facts = dict(report.facts)
+    assert "6 experts of 32, 3 per token (in 1 of the layers one MLP of 128)" in facts["model"]
+    assert "experts weighted to a sum of one" in facts["traits"]
+    assert not {"norm_topk_prob", "num_experts_per_tok", "mlp_only_layers"} & set(" ".join(report.unused).split(", "))
+    # Two layers of attention, six experts of three matrices, an MLP of three; a router and a head that are dense.
+    assert {kind.format: count for kind, count in report.kinds.items()} == {"gptq": 8 + 18 + 3, "dense": 2}
+    assert main(["plan", str(tmp_path / "quantized"), "--gpus", "1"]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert row.split()[header.split("  ").index("MLP")] != "0"
+
+
+def test_presets_have_the_sizes_of_their_models() -> None:
+    totals = {"mixtral-8x7b": 46.7, "qwen3-30b-a3b": 30.5}  # billions, as their cards say
+    for name, total in totals.items():
+        sizes = synthetic_sizes(name, "fp16")
+        stored = sizes.attention_bytes + sizes.mlp_bytes + sizes.vocab_bytes + sizes.norm_bytes
+        assert stored / 2e9 == pytest.approx(total, abs=0.05)
+
+
+def test_a_step_reads_the_experts_that_it_takes(tmp_path: Path) -> None:
+    tiny.save(tmp_path, "qwen3_moe", **QWEN3)
+    model = Model.load(tmp_path, device="cpu")
+    stored = 2 * 6 * 3 * 64 * 32 * 4
+    assert _untaken_bytes(model, 1) == stored // 2
+    assert _untaken_bytes(model, 2) == stored // 4
