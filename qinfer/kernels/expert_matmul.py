@@ -1,4 +1,4 @@
-"""Products of rows with the matrices of their experts, all in one launch.
+"""Products of rows with the matrices of their experts, all experts in one launch.
 
     y[p] = x[p // (P / R)] · W[expert of pair p],   x [R, K], y [P, N]
 
@@ -222,8 +222,8 @@ def _planes(x: Tensor, matrix: PlaneOperand, tables: Tables, out: Tensor, tile: 
     parts, num_pairs, n = out.shape
     blocks, pairs, slots, constants = tables
     offsets = matrix.scales if matrix.offsets is None else matrix.offsets
-    if step_k(matrix.bits) > LONG_STEP:
-        # Sixteen slices of a step, unrolled, do not fit the registers of four warps where groups are small.
+    if step_k(matrix.bits) > LONG_STEP and is_ptx_target(x):
+        # NVIDIA: sixteen slices of a step, unrolled, do not fit the registers of four warps where groups are small.
         tile = replace(tile, warps=8)
     names = ("BITS", "HIGH_TILES", "HAS_LOW", "SLICES", "RUN", "GROUP", "HAS_OFFSETS", "EVEN_K")
     _expert_matmul_kernel[(triton.cdiv(n, tile.block_n), parts, blocks.shape[0])](

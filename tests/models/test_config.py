@@ -306,7 +306,10 @@ def test_a_wrong_field_is_named(tmp_path: Path, changes: dict[str, Any], message
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "gpt2"}, "model_type 'gpt2' is unknown; known are llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"),
+    (
+        {"model_type": "gpt2"},
+        "model_type 'gpt2' is unknown; known are llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+    ),
     ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "multimodal"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' cannot be computed; silu can"),
     ({"torch_dtype": "float64"}, "dtype 'float64' cannot be run; float16, bfloat16, float32 can"),
