@@ -11,6 +11,7 @@ from itertools import accumulate, product, starmap
 import torch
 
 from qinfer.bench.case import CASES, Arguments, case
+from qinfer.bench.expert_cases import register_experts
 from qinfer.bench.maker import PAGE_SIZE, Maker
 from qinfer.bench.shapes import (
     CODED,
@@ -285,6 +286,7 @@ def _register() -> None:
     for stored, half in product((G128, *OTHERS, *WIDTHS), HALVES):
         _dequantize_case(down, stored, half)
     _packing_cases(matrices(LLAMA)[-1])
+    register_experts()
 
 
 _register()

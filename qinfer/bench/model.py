@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ from qinfer.engine.job import Job
 from qinfer.engine.sampling import SamplingParams
 from qinfer.kernels.device import default_device
 from qinfer.models.batch import Batch, Piece
+from qinfer.models.experts import SparseMLP
+from qinfer.models.layers import Linear
 from qinfer.models.model import Model
 from qinfer.models.placement import place
 from qinfer.parallel.comm import Group
@@ -148,10 +150,11 @@ def time_steps(generator: Generator, jobs: Sequence[Job]) -> Times:
 def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     """Count what a decode step must read.
 
-    Every matrix and norm once; per sequence one row of the embedding, and the cache at the middle of the contexts.
+    Every matrix and norm once, but of experts only those that the batch takes; per sequence one row of the embedding,
+    and the cache at the middle of the contexts.
     """
     config, decoder = model.config, model.decoder
-    weights: int = sum(linear.nbytes for linear in decoder.linears())
+    weights: int = sum(linear.nbytes for linear in decoder.linears()) - _untaken_bytes(model, options.batch)
     table, *norms = decoder.tensors()
     cache = model.new_cache(1, kv_format=options.kv_format)
     middle = options.context + options.new_tokens // 2
@@ -165,11 +168,33 @@ def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
 def _flops_per_step(model: Model, options: argparse.Namespace) -> int:
     """Count the multiplications and additions of a decode step: all matrices, and attention in the middle."""
     config = model.config
-    products: int = sum(linear.operand.in_features * linear.operand.out_features for linear in model.decoder.linears())
+    products = _num_weights(model.decoder.linears())
+    if config.experts is not None:
+        taken = config.experts.per_token / config.experts.num_experts
+        products -= int((1 - taken) * sum(_num_weights(mlp.expert_linears()) for mlp in _mixtures(model)))
     middle: int = options.context + options.new_tokens // 2
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * middle
     batch: int = options.batch
     return 2 * batch * (products + attention)
+
+
+def _num_weights(linears: Iterable[Linear]) -> int:
+    """Count the weights of some matrices."""
+    return sum(linear.operand.in_features * linear.operand.out_features for linear in linears)
+
+
+def _mixtures(model: Model) -> list[SparseMLP]:
+    """Return the layers that have experts."""
+    return [block.mlp for block in model.decoder.blocks if isinstance(block.mlp, SparseMLP)]
+
+
+def _untaken_bytes(model: Model, batch: int) -> int:
+    """Count the experts that no token of a step takes, on average over tokens that choose evenly."""
+    config = model.config.experts
+    if config is None:
+        return 0
+    stored = sum(linear.nbytes for mlp in _mixtures(model) for linear in mlp.expert_linears())
+    return int(stored * (1 - config.per_token / config.num_experts) ** batch)
 
 
 def _prefill(model: Model, tokens: int) -> Times:

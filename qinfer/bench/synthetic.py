@@ -13,7 +13,7 @@ from qinfer.bench.recipes import WEIGHTS, Recipe
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.operand import DenseOperand
 from qinfer.models.architectures import name_map
-from qinfer.models.config import ModelConfig, RopeConfig
+from qinfer.models.config import ExpertConfig, ModelConfig, RopeConfig
 from qinfer.models.decoder import Decoder
 from qinfer.models.layers import Linear
 from qinfer.models.model import Model
@@ -54,12 +54,21 @@ def _qwen3(vocab: int, hidden: int, layers: int, heads: tuple[int, int, int], ml
     return replace(_llama(vocab, hidden, layers, heads, mlp), model_type="qwen3", qk_norm=True, rope=rope)
 
 
+def _sparse(config: ModelConfig, model_type: str, num_experts: int, per_token: int, mlp: int) -> ModelConfig:
+    """Put experts into all layers of a config, with weights that sum to one."""
+    experts = ExpertConfig(num_experts, per_token, mlp, normalized=True, layers=(True,) * config.num_layers)
+    rope = RopeConfig(kind="default", theta=1e6, rotary_dim=config.head_dim)
+    return replace(config, model_type=model_type, experts=experts, rope=rope, max_positions=32768)
+
+
 PRESETS: dict[str, ModelConfig] = {
     "llama-3.2-1b": replace(_llama(128256, 2048, 16, (32, 8, 64), 8192), tied_embeddings=True),
     "llama-3.1-8b": _llama(128256, 4096, 32, (32, 8, 128), 14336),
     "qwen3-8b": _qwen3(151936, 4096, 36, (32, 8, 128), 12288),
     "qwen3-32b": _qwen3(151936, 5120, 64, (64, 8, 128), 25600),
     "llama-3.3-70b": _llama(128256, 8192, 80, (64, 8, 128), 28672),
+    "mixtral-8x7b": _sparse(_llama(32000, 4096, 32, (32, 8, 128), 14336), "mixtral", 8, 2, 14336),
+    "qwen3-30b-a3b": _sparse(_qwen3(151936, 2048, 48, (32, 4, 128), 6144), "qwen3_moe", 128, 8, 768),
 }
 
 
@@ -162,10 +171,10 @@ def synthetic_sizes(preset: str, weights: str, head: str | None = None) -> Sizes
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         hidden_size=hidden,
-        mlp_size=config.mlp_size,
+        mlp_size=config.cut_mlp_size,
         vocab_size=config.vocab_size,
         attention_bytes=int(attention * width),
-        mlp_bytes=int(3 * layers * hidden * config.mlp_size * width),
+        mlp_bytes=int(config.num_mlp_weights * width),
         vocab_bytes=table * itemsize + (0 if config.tied_embeddings else int(table * head_width)),
         norm_bytes=(2 * layers + 1) * hidden * itemsize,
     )

@@ -26,6 +26,7 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import gcd
+from threading import Lock
 
 import torch
 import triton
@@ -44,12 +45,12 @@ MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
 MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
 
-
 # Matrices that the reference has dequantized on a CPU, as long as their planes live.
 _kept: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+_keeping = Lock()
 
 
-def _segments(operand: PlaneOperand | SegmentedOperand) -> tuple[PlaneOperand, ...]:
+def segments_of(operand: PlaneOperand | SegmentedOperand) -> tuple[PlaneOperand, ...]:
     """Return the matrices that lie on top of each other; most operands are one."""
     return operand.segments if isinstance(operand, SegmentedOperand) else (operand,)
 
@@ -63,8 +64,9 @@ def _dequantized(operand: PlaneOperand) -> Tensor:
     if planes in _kept:
         return _kept[planes]
     weight = dequantize.reference(planes, operand, dtype=torch.float32)
-    if planes.device.type == "cpu" and weight.numel() + sum(w.numel() for w in _kept.values()) <= MAX_SCRATCH:
-        _kept[planes] = weight
+    with _keeping:
+        if planes.device.type == "cpu" and weight.numel() + sum(w.numel() for w in _kept.values()) <= MAX_SCRATCH:
+            _kept[planes] = weight
     return weight
 
 
@@ -81,7 +83,7 @@ def matmul_reference(
     if isinstance(operand, DenseOperand):
         weight = operand.weight.float()
     else:
-        weight = torch.cat([_dequantized(segment) for segment in _segments(operand)], dim=1)
+        weight = torch.cat([_dequantized(segment) for segment in segments_of(operand)], dim=1)
     y = x.float() @ weight.t()
     if bias is not None:
         y += bias.float()
@@ -105,7 +107,7 @@ def _scales(p_scales, i_group, o_n, m_n, N64):
 
 
 @triton.jit
-def _accumulate(
+def accumulate_part(
     p_x, p_high, p_low, p_scales, p_offsets, i_part, num_parts, o_m, o_n, m_m, m_n, N64,
     K, x_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
@@ -171,7 +173,7 @@ def _matmul_kernel(
         # A program belongs to one segment, and walks over its part of it; with one segment there is nothing to ask.
         is_mine = True if len(SEGMENTS) == 1 else (i_k >= first_parts[g]) & (i_k < first_parts[g + 1])
         if is_mine:
-            b_acc = _accumulate(
+            b_acc = accumulate_part(
                 p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
                 i_k - first_parts[g], first_parts[g + 1] - first_parts[g], o_m, o_n, m_m, m_n, N64,
                 first_features[g + 1] - first_features[g], x_stride, num_highs[g], num_groups[g], group_sizes[g],
@@ -230,7 +232,7 @@ def _check_matmul(
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if not isinstance(operand, DenseOperand):
-        _check_segments(_segments(operand))
+        _check_segments(segments_of(operand))
     elif x.is_cuda and x.dtype != operand.weight.dtype:
         raise TypeError(f"x must have the weight's dtype {operand.weight.dtype}, got {x.dtype}")
     if bias is not None and tuple(bias.shape) != (n,):
@@ -306,7 +308,7 @@ def _fused(
         tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
         tuple(s.planes[0].shape[0] for s in segments), tuple(s.scales.shape[0] for s in segments),
         tuple(s.group_size for s in segments),
-        SEGMENTS=tuple(_constants(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
+        SEGMENTS=tuple(constants_of(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
         **registers(arch(x.device), tuple(s.bits for s in segments), tile), **overlap(x),
     )  # fmt: skip
@@ -321,7 +323,7 @@ def _add_up(parts: Tensor, out: Tensor) -> None:
     _sum_kernel[grid](parts, out, m, n, out.stride(0), num_parts, BLOCK_M=block_m, BLOCK_N=SUM_COLUMNS, **overlap(out))
 
 
-def _constants(segment: PlaneOperand) -> tuple[int | bool, ...]:
+def constants_of(segment: PlaneOperand) -> tuple[int | bool, ...]:
     """Return what a kernel is compiled for: BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K."""
     constants = step_constants(segment.bits)
     run = gcd(segment.group_size // SLICE_K, constants["SLICES"]) if segment.group_size >= SLICE_K else 0
@@ -343,7 +345,7 @@ def _product(
     """Take the route of an operand and M; return [S, M, N], which is `out` if S is 1 and one was given."""
     m, n, k = x.shape[0], operand.out_features, operand.in_features
     if not isinstance(operand, DenseOperand) and (tile is not None or m <= FUSED_ROWS):
-        segments = _segments(operand)
+        segments = segments_of(operand)
         widths = tuple(segment.bits for segment in segments)
         tile = tile or lookup(arch(x.device), num_sms(x.device), m, n, k, widths, segments[0].group_size)
         return _fused(x, segments, bias, out, dtype, tile)
@@ -351,7 +353,7 @@ def _product(
     if isinstance(operand, DenseOperand):
         _dense(x, operand.weight, bias, y)
     else:
-        _by_dequantizing(x, _segments(operand), bias, y)
+        _by_dequantizing(x, segments_of(operand), bias, y)
     return y[None]
 
 

@@ -6,19 +6,15 @@ absence a meaning; every such case is named below with its reason. Sizes are alw
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qinfer.checkpoint import Checkpoint
 from qinfer.errors import CheckpointError, UnsupportedError
-from qinfer.models.config import DTYPES, ModelConfig, RopeConfig
+from qinfer.models.config import DTYPES, ExpertConfig, ModelConfig, RopeConfig
+from qinfer.models.fields import MAX_LAYERS, Fields, short
 
-# Bounds that no real model reaches: a hostile number must not make us build a tuple of a billion windows.
-_MAX_LAYERS = 10_000
-_MAX_INTEGER = 2**31 - 1
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 # Transformers 4 and 5 both define 10000 for files older than the field (Llama 1 and 2).
 _ROPE_THETA = 10_000.0
@@ -26,7 +22,7 @@ _ROPE_THETA = 10_000.0
 
 @dataclass(frozen=True)
 class NameMap:
-    """Names of the modules of a model, without ".weight"; "{i}" stands for the layer."""
+    """Names of the modules of a model, without ".weight"; "{i}" stands for the layer, "{{e}}" for the expert."""
 
     embed: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -42,10 +38,19 @@ class NameMap:
     gate_proj: str = "model.layers.{i}.mlp.gate_proj"
     up_proj: str = "model.layers.{i}.mlp.up_proj"
     down_proj: str = "model.layers.{i}.mlp.down_proj"
+    router: str = "model.layers.{i}.mlp.gate"
+    expert_gate: str = "model.layers.{i}.mlp.experts.{{e}}.gate_proj"
+    expert_up: str = "model.layers.{i}.mlp.experts.{{e}}.up_proj"
+    expert_down: str = "model.layers.{i}.mlp.experts.{{e}}.down_proj"
 
     def layer(self, index: int) -> NameMap:
-        """Return the names with layer `index` filled in."""
+        """Return the names with layer `index` filled in; those of experts then have "{e}" for the expert."""
         return NameMap(**{field.name: getattr(self, field.name).format(i=index) for field in fields(self)})
+
+    def expert(self, index: int) -> tuple[str, str, str]:
+        """Return gate, up and down of an expert of a layer, whose names these are."""
+        gate, up, down = (name.format(e=index) for name in (self.expert_gate, self.expert_up, self.expert_down))
+        return gate, up, down
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     known = ", ".join(sorted(ARCHITECTURES))
     if "text_config" in config:
         raise UnsupportedError(f"{file}: multimodal checkpoints cannot be read; these model types can: {known}")
-    model_type = _Fields(config, file).text("model_type")
+    model_type = Fields(config, file).text("model_type")
     if model_type not in ARCHITECTURES:
         raise UnsupportedError(f"{file}: model_type {model_type!r} is unknown; known are {known}")
     try:
@@ -87,79 +92,9 @@ def name_map(config: ModelConfig) -> NameMap:
     return ARCHITECTURES[config.model_type].names
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Typed access to one JSON object; whatever is absent or of the wrong type raises and names the field."""
-
-    values: Mapping[str, Any]
-    file: Path
-    within: str = ""
-
-    def error(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(self.file, None, f"{self.within}{name} {problem}")
-
-    def has(self, name: str) -> bool:
-        """Tell whether the field is there and not null."""
-        return self.values.get(name) is not None
-
-    def integer(self, name: str, *, maximum: int = _MAX_INTEGER) -> int:
-        value = self._required(name)
-        # JSON's true is an int for Python.
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(name, f"must be an integer, got {value!r}")
-        if not 1 <= value <= maximum:
-            raise self.error(name, f"must be from 1 to {maximum}, got {_short(value)}")
-        return value
-
-    def number(self, name: str, *, absent: float | None = None) -> float:
-        if absent is not None and not self.has(name):
-            return absent
-        value = self._required(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(name, f"must be a number, got {value!r}")
-        if not abs(value) < math.inf or abs(value) > 1e300:
-            raise self.error(name, f"must be a finite number, got {_short(value)}")
-        return float(value)
-
-    def flag(self, name: str, *, absent: bool) -> bool:
-        value = self.values.get(name, absent)
-        if not isinstance(value, bool):
-            raise self.error(name, f"must be true or false, got {value!r}")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self._required(name)
-        if not isinstance(value, str):
-            raise self.error(name, f"must be a string, got {value!r}")
-        return value
-
-    def table(self, name: str) -> dict[str, Any]:
-        """Return a nested object; absent and null are both an empty one."""
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(name, f"must be an object, got {value!r}")
-        return value or {}
-
-    def tokens(self, name: str) -> frozenset[int]:
-        """Return the token ids of a field that is an id, a list of ids, null or absent."""
-        value = self.values.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _MAX_INTEGER:
-                raise self.error(name, f"must be a token id or a list of them, got {_short(value)}")
-        return frozenset(ids)
-
-    def _required(self, name: str) -> Any:  # noqa: ANN401  the callers narrow it
-        if name not in self.values:
-            raise self.error(name, "is missing")
-        if self.values[name] is None:
-            raise self.error(name, "must not be null")
-        return self.values[name]
-
-
 def _read_llama(checkpoint: Checkpoint) -> ModelConfig:
     """Llama 1 to 3.x, and what shares its layout."""
-    config = _Fields(checkpoint.config, checkpoint.config_file)
+    config = Fields(checkpoint.config, checkpoint.config_file)
     num_heads = config.integer("num_attention_heads")
     return _model(
         checkpoint,
@@ -175,8 +110,27 @@ def _read_llama(checkpoint: Checkpoint) -> ModelConfig:
 
 def _read_mistral(checkpoint: Checkpoint) -> ModelConfig:
     """Mistral: Llama with one sliding window for all layers, or none."""
-    config = _Fields(checkpoint.config, checkpoint.config_file)
-    num_layers = config.integer("num_hidden_layers", maximum=_MAX_LAYERS)
+    config = Fields(checkpoint.config, checkpoint.config_file)
+    return _model(
+        checkpoint,
+        num_kv_heads=config.integer("num_key_value_heads"),
+        head_dim=_head_dim(config),
+        windows=_mistral_windows(config),
+    )
+
+
+def _read_mixtral(checkpoint: Checkpoint) -> ModelConfig:
+    """Mixtral: Mistral with experts in every layer."""
+    config = Fields(checkpoint.config, checkpoint.config_file)
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    # The router's weights always sum to one; the format has no field for it.
+    experts = _experts(config, mlp_size="intermediate_size", normalized=True, layers=(True,) * num_layers)
+    return replace(_read_mistral(checkpoint), experts=experts)
+
+
+def _mistral_windows(config: Fields) -> tuple[int | None, ...]:
+    """Return the one window of all layers, for each."""
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     # Null means no window (Mistral 7B v0.2 and later); the field itself is always written, so absence is an error.
     if "sliding_window" not in config.values:
         raise config.error("sliding_window", "is missing; null means that every layer sees everything")
@@ -184,17 +138,12 @@ def _read_mistral(checkpoint: Checkpoint) -> ModelConfig:
     if window is not None and "full_attention" in (_layer_kinds(config, num_layers) or ()):
         text = "mistral with different layer_types cannot be read; one sliding_window for all layers can"
         raise UnsupportedError(f"{config.file}: {text}")
-    return _model(
-        checkpoint,
-        num_kv_heads=config.integer("num_key_value_heads"),
-        head_dim=_head_dim(config),
-        windows=(window,) * num_layers,
-    )
+    return (window,) * num_layers
 
 
 def _read_qwen2(checkpoint: Checkpoint) -> ModelConfig:
     """Qwen 2 and 2.5: Llama with biases on q, k and v, and windows on the later layers if asked for."""
-    config = _Fields(checkpoint.config, checkpoint.config_file)
+    config = Fields(checkpoint.config, checkpoint.config_file)
     return _model(
         checkpoint,
         num_kv_heads=config.integer("num_key_value_heads"),
@@ -206,7 +155,7 @@ def _read_qwen2(checkpoint: Checkpoint) -> ModelConfig:
 
 def _read_qwen3(checkpoint: Checkpoint) -> ModelConfig:
     """Qwen 3, dense: Qwen 2 with q/k-norm instead of biases, and a head size of its own."""
-    config = _Fields(checkpoint.config, checkpoint.config_file)
+    config = Fields(checkpoint.config, checkpoint.config_file)
     return _model(
         checkpoint,
         num_kv_heads=config.integer("num_key_value_heads"),
@@ -217,6 +166,48 @@ def _read_qwen3(checkpoint: Checkpoint) -> ModelConfig:
         o_bias=config.flag("attention_bias", absent=False),
         qk_norm=True,
         windows=_qwen_windows(config),
+    )
+
+
+def _read_qwen3_moe(checkpoint: Checkpoint) -> ModelConfig:
+    """Qwen 3 with experts, in all layers or in some; a window, where it is on, is that of all layers."""
+    config = Fields(checkpoint.config, checkpoint.config_file)
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    step, dense = config.integer("decoder_sparse_step"), config.indices("mlp_only_layers", num_layers)
+    layers = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+    normalized = config.flag("norm_topk_prob", absent=None)
+    # The format's switch is off when absent.
+    is_windowed = config.flag("use_sliding_window", absent=False) and config.has("sliding_window")
+    model = _model(
+        checkpoint,
+        num_kv_heads=config.integer("num_key_value_heads"),
+        # Never hidden_size / heads: the format sets it apart and always writes it.
+        head_dim=config.integer("head_dim"),
+        # As in Qwen 3.
+        qkv_bias=config.flag("attention_bias", absent=False),
+        o_bias=config.flag("attention_bias", absent=False),
+        qk_norm=True,
+        windows=(config.integer("sliding_window") if is_windowed else None,) * num_layers,
+    )
+    experts = _experts(config, mlp_size="moe_intermediate_size", normalized=normalized, layers=layers)
+    return replace(model, experts=experts)
+
+
+def _experts(config: Fields, *, mlp_size: str, normalized: bool, layers: tuple[bool, ...]) -> ExpertConfig | None:
+    """Read how many experts there are, and how wide one is; None if no layer has any."""
+    if not any(layers):
+        return None
+    # Qwen's own files say num_experts, Mixtral's and those that transformers 5 writes num_local_experts.
+    given = [config.integer(name) for name in ("num_experts", "num_local_experts") if config.has(name)]
+    if len(set(given)) != 1:
+        problem = f"is given twice, as {given[0]} and as {given[1]}" if given else "is missing, num_experts as well"
+        raise config.error("num_local_experts", problem)
+    return ExpertConfig(
+        num_experts=given[0],
+        per_token=config.integer("num_experts_per_tok"),
+        mlp_size=config.integer(mlp_size),
+        normalized=normalized,
+        layers=layers,
     )
 
 
@@ -232,9 +223,9 @@ def _model(
     windows: tuple[int | None, ...] | None = None,
 ) -> ModelConfig:
     """Read the fields that all families share and add those that a family reads in its own way; see ModelConfig."""
-    config = _Fields(checkpoint.config, checkpoint.config_file)
-    generation = _Fields(checkpoint.generation_config, checkpoint.path / "generation_config.json")
-    num_layers = config.integer("num_hidden_layers", maximum=_MAX_LAYERS)
+    config = Fields(checkpoint.config, checkpoint.config_file)
+    generation = Fields(checkpoint.generation_config, checkpoint.path / "generation_config.json")
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     if (activation := config.text("hidden_act")) not in ("silu", "swish"):
         raise UnsupportedError(f"{config.file}: hidden_act {activation!r} cannot be computed; silu can")
     max_positions = config.integer("max_position_embeddings")
@@ -262,7 +253,7 @@ def _model(
     )
 
 
-def _head_dim(config: _Fields) -> int:
+def _head_dim(config: Fields) -> int:
     """Return head_dim; files without it (Llama 2, Qwen 2) mean hidden_size / heads."""
     if config.has("head_dim"):
         return config.integer("head_dim")
@@ -273,18 +264,18 @@ def _head_dim(config: _Fields) -> int:
     return hidden_size // num_heads
 
 
-def _is_tied(checkpoint: Checkpoint, config: _Fields) -> bool:
+def _is_tied(checkpoint: Checkpoint, config: Fields) -> bool:
     """Tell whether the head reads the embedding.
 
     A stored head wins over the flag: some quantizers store a head of its own although the file calls it tied.
     """
-    # Absence means untied in all four families; transformers writes the flag whenever it is true.
+    # Absence means untied in all families; transformers writes the flag whenever it is true.
     tied = config.flag("tie_word_embeddings", absent=False)
     head = ARCHITECTURES[config.text("model_type")].names.head
     return tied and not any(name.startswith(f"{head}.") for name in checkpoint.names())
 
 
-def _dtype(checkpoint: Checkpoint, config: _Fields) -> str:
+def _dtype(checkpoint: Checkpoint, config: Fields) -> str:
     """Return the dtype that the file names, under its new or old key, or else the one of the final norm."""
     name = next((config.text(key) for key in ("dtype", "torch_dtype") if config.has(key)), None)
     if name is None:
@@ -297,9 +288,9 @@ def _dtype(checkpoint: Checkpoint, config: _Fields) -> str:
     return name
 
 
-def _qwen_windows(config: _Fields) -> tuple[int | None, ...]:
+def _qwen_windows(config: Fields) -> tuple[int | None, ...]:
     """Return the window of each layer; layer_types decides, and files older than it have max_window_layers."""
-    num_layers = config.integer("num_hidden_layers", maximum=_MAX_LAYERS)
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     # The format's switch is off when absent; a window that is written but switched off does not count.
     is_on = config.flag("use_sliding_window", absent=False) and config.has("sliding_window")
     kinds = _layer_kinds(config, num_layers)
@@ -317,13 +308,13 @@ def _qwen_windows(config: _Fields) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _layer_kinds(config: _Fields, num_layers: int) -> list[str] | None:
+def _layer_kinds(config: Fields, num_layers: int) -> list[str] | None:
     """Return the layer_types of newer files, full_attention or sliding_attention for each layer."""
     kinds = config.values.get("layer_types")
     if kinds is None:
         return None
     if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise config.error("layer_types", f"must be a list of {num_layers} names, got {_short(kinds)}")
+        raise config.error("layer_types", f"must be a list of {num_layers} names, got {short(kinds)}")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             text = f"layer type {kind!r} cannot be computed; full_attention and sliding_attention can"
@@ -331,7 +322,7 @@ def _layer_kinds(config: _Fields, num_layers: int) -> list[str] | None:
     return kinds
 
 
-def _rope(config: _Fields, *, head_dim: int, max_positions: int) -> RopeConfig:
+def _rope(config: Fields, *, head_dim: int, max_positions: int) -> RopeConfig:
     """Read the rotary embedding from rope_parameters (transformers 5) or rope_scaling and rope_theta (before)."""
     rope = _rope_fields(config)
     kind = rope.text("rope_type") if rope.has("rope_type") else "default"
@@ -374,7 +365,7 @@ def _rope(config: _Fields, *, head_dim: int, max_positions: int) -> RopeConfig:
     )
 
 
-def _rope_fields(config: _Fields) -> _Fields:
+def _rope_fields(config: Fields) -> Fields:
     """Merge every place where a file may keep rotary parameters; two places that disagree are an error."""
     merged: dict[str, Any] = {}
     loose = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -392,15 +383,7 @@ def _rope_fields(config: _Fields) -> _Fields:
                 raise config.error(key, f"is given twice, as {merged[key]!r} and as {value!r}")
             merged[key] = value
     name = "rope_parameters" if config.table("rope_parameters") else "rope_scaling"
-    return _Fields(merged, config.file, within=f"{name}.")
-
-
-def _short(value: object) -> str:
-    """Render a value of a file for a message, cut to a readable length."""
-    if isinstance(value, int) and abs(value) > 10**30:
-        return "a number with more than 30 digits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return Fields(merged, config.file, within=f"{name}.")
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -408,4 +391,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(_read_mistral, NameMap()),
     "qwen2": Architecture(_read_qwen2, NameMap()),
     "qwen3": Architecture(_read_qwen3, NameMap()),
+    "mixtral": Architecture(
+        _read_mixtral,
+        NameMap(
+            router="model.layers.{i}.block_sparse_moe.gate",
+            expert_gate="model.layers.{i}.block_sparse_moe.experts.{{e}}.w1",
+            expert_up="model.layers.{i}.block_sparse_moe.experts.{{e}}.w3",
+            expert_down="model.layers.{i}.block_sparse_moe.experts.{{e}}.w2",
+        ),
+    ),
+    "qwen3_moe": Architecture(_read_qwen3_moe, NameMap()),
 }

@@ -116,6 +116,31 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class ExpertConfig:
+    """Mixture of experts: MLPs of which every token takes a few, and the layers that have them instead of one MLP.
+
+    The router's logits become probabilities over all experts; the likeliest `per_token` multiply what their experts
+    give, as they are or divided by their sum.
+
+    Source: Mixtral of Experts (arXiv 2401.04088); Qwen3 technical report (2505.09388).
+    """
+
+    num_experts: int  # E
+    per_token: int  # experts that a token takes
+    mlp_size: int  # width of one expert
+    normalized: bool  # whether the weights of the chosen experts sum to one
+    layers: tuple[bool, ...]  # whether each layer has experts
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "per_token", "mlp_size"):
+            _require_positive(name, getattr(self, name))
+        if self.per_token > self.num_experts:
+            raise ValueError(f"experts per token must be at most {self.num_experts}, got {self.per_token}")
+        if not any(self.layers):
+            raise ValueError("a model with experts must have at least one layer of them, got none")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a decoder-only model is; where it lives, how it is stored and how it runs are not its business."""
 
@@ -126,7 +151,7 @@ class ModelConfig:
     num_heads: int  # attention: query heads
     num_kv_heads: int  # attention, cache
     head_dim: int  # attention, cache
-    mlp_size: int  # gated MLP
+    mlp_size: int  # gated MLP of the layers without experts
     norm_eps: float  # every RMSNorm
     rope: RopeConfig  # attention
     qkv_bias: bool  # Qwen2, and Llama and Qwen3 with attention_bias
@@ -139,6 +164,7 @@ class ModelConfig:
     eos_ids: frozenset[int]  # generator; of config.json and generation_config.json
     dtype: str  # Model.load: the dtype to run in when nobody asks for another
     bos_id: int | None = None  # generator: the start of a prompt without text
+    experts: ExpertConfig | None = None  # Mixtral, Qwen3 MoE
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
@@ -151,6 +177,10 @@ class ModelConfig:
         if len(self.windows) != self.num_layers:
             raise ValueError(
                 f"windows must have one entry for each of {self.num_layers} layers, got {len(self.windows)}"
+            )
+        if self.experts is not None and len(self.experts.layers) != self.num_layers:
+            raise ValueError(
+                f"layers of experts must have one entry for each of {self.num_layers}, got {len(self.experts.layers)}"
             )
         for window in set(self.windows) - {None}:
             _require_positive("window", window)
@@ -165,6 +195,24 @@ class ModelConfig:
         """How many positions the layer sees that sees most, None if that is all."""
         windows = [window for window in self.windows if window is not None]
         return max(windows) if len(windows) == self.num_layers else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Say whether a layer has experts instead of one MLP."""
+        return self.experts is not None and self.experts.layers[layer]
+
+    @property
+    def num_mlp_weights(self) -> int:
+        """Weights of gate, up and down of all layers and experts."""
+        experts = self.experts
+        num_sparse = 0 if experts is None else sum(experts.layers)
+        width = (self.num_layers - num_sparse) * self.mlp_size
+        width += 0 if experts is None else num_sparse * experts.num_experts * experts.mlp_size
+        return 3 * self.hidden_size * width
+
+    @property
+    def cut_mlp_size(self) -> int:
+        """Width of the MLPs that decide how a model is divided: of its experts if it has any."""
+        return self.mlp_size if self.experts is None else self.experts.mlp_size
 
 
 def _require_positive(name: str, value: float | None) -> None:

@@ -23,12 +23,13 @@ from qinfer.kernels.parts import add_up
 from qinfer.models.architectures import NameMap, name_map
 from qinfer.models.batch import Batch
 from qinfer.models.config import ModelConfig
+from qinfer.models.experts import SparseMLP, build_experts
 from qinfer.models.invariant import make_invariant
 from qinfer.models.layers import Attention, Embedding, GatedMLP, HeadNorm, Linear, MergedLinear, RMSNorm, RopeTable
 from qinfer.models.parameters import CheckpointParameters, Parameters
 from qinfer.models.shards import Cutter, Idle, SomeRows
 from qinfer.parallel.comm import Communicator
-from qinfer.parallel.plan import Plan
+from qinfer.parallel.plan import Plan, scaled_spans
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Block:
     attention_norm: RMSNorm
     attention: Attention | Idle
     mlp_norm: RMSNorm
-    mlp: GatedMLP | Idle
+    mlp: GatedMLP | SparseMLP | Idle
     comm: Communicator
 
     def __call__(self, residual: Tensor, delta: Tensor | None, batch: Batch, cache: PagedKVCache) -> Tensor:
@@ -238,14 +239,8 @@ def root(config: ModelConfig) -> str:
 def _build_block(config: ModelConfig, index: int, cutter: Cutter, *, rope: RopeTable, dtype: torch.dtype) -> Block:
     """Wire one block: each norm writes in the order of the projection behind it."""
     names, hidden, parameters = name_map(config).layer(index), config.hidden_size, cutter.parameters
-    spans = cutter.spans("mlp", config.mlp_size)
     attention, attention_order = _build_attention(config, index, names, cutter, rope)
-    gate_and_up = [
-        cutter.columns(name, (hidden, config.mlp_size), spans, has_bias=config.mlp_bias)
-        for name in (names.gate_proj, names.up_proj)
-    ]
-    down = cutter.output(names.down_proj, (config.mlp_size, hidden), spans, has_bias=config.mlp_bias)
-    gate_up = _merge(gate_and_up)
+    mlp, mlp_order = _build_mlp(config, index, names, cutter)
 
     def norm(name: str, order: Tensor | None) -> RMSNorm:
         return RMSNorm(parameters.tensor(f"{name}.weight", (hidden,)), config.norm_eps, dtype, order)
@@ -253,10 +248,27 @@ def _build_block(config: ModelConfig, index: int, cutter: Cutter, *, rope: RopeT
     return Block(
         attention_norm=norm(names.input_norm, attention_order),
         attention=attention,
-        mlp_norm=norm(names.post_attention_norm, None if gate_up is None else gate_up.order),
-        mlp=Idle(down) if gate_up is None else GatedMLP(gate_up, down),
+        mlp_norm=norm(names.post_attention_norm, mlp_order),
+        mlp=mlp,
         comm=cutter.comm,
     )
+
+
+def _build_mlp(
+    config: ModelConfig, index: int, names: NameMap, cutter: Cutter
+) -> tuple[GatedMLP | SparseMLP | Idle, Tensor | None]:
+    """Wire the MLP or the experts of one block, and return them with the order of their input."""
+    hidden, width = config.hidden_size, config.mlp_size
+    if config.experts is not None and config.has_experts(index):
+        return build_experts(config.experts, hidden, names, cutter), None
+    spans = scaled_spans(cutter.spans("mlp", config.cut_mlp_size), width)
+    gate_and_up = [
+        cutter.columns(name, (hidden, width), spans, has_bias=config.mlp_bias)
+        for name in (names.gate_proj, names.up_proj)
+    ]
+    down = cutter.output(names.down_proj, (width, hidden), spans, has_bias=config.mlp_bias)
+    gate_up = _merge(gate_and_up)
+    return (Idle(down), None) if gate_up is None else (GatedMLP(gate_up, down), gate_up.order)
 
 
 def _build_attention(

@@ -16,6 +16,7 @@ import torch
 
 from qinfer.env import settings
 from qinfer.errors import UnsupportedError
+from qinfer.models.config import ModelConfig
 from qinfer.models.layers import Attention, Linear
 
 T = TypeVar("T")
@@ -48,12 +49,14 @@ def _rebuilt(value: Any) -> Any:  # noqa: ANN401 - whatever a layer has as a fie
     return rebuild(**{**old, **changed}) if changed else value
 
 
-def check_invariant(device: torch.device) -> None:
-    """Refuse a device whose products are not the kernels'.
+def check_invariant(device: torch.device, config: ModelConfig) -> None:
+    """Refuse a device whose products are not the kernels', and experts, whose tiles depend on the step.
 
     Raises:
-        UnsupportedError: torch multiplies there.
+        UnsupportedError: torch multiplies there, or the model is a mixture of experts.
     """
+    if config.experts is not None:
+        raise UnsupportedError("invariant=True works for models without experts")
     if device.type == "cpu" and not settings().interpret:
         raise UnsupportedError(
             "invariant=True needs the kernels: on a CPU torch multiplies, and its bits depend on the number of rows; "

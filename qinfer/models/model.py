@@ -113,7 +113,7 @@ class Model:
         found = _resolve_device(device) if parallel is None else parallel.device
         resolved = resolve_dtype(dtype, found, config)
         if invariant:
-            check_invariant(found)
+            check_invariant(found, config)
         tokenizer = load_tokenizer(checkpoint, config)
         kind: dict[str, Any] = {"dtype": resolved, "invariant": invariant}
         if gpus is None and parallel is None:
@@ -171,8 +171,14 @@ class Model:
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit the model.
-            UnsupportedError: the adapter does something that is not done here.
+            UnsupportedError: the adapter does something that is not done here, or the model is invariant.
         """
+        if any(linear.invariant for linear in self.decoder.linears()):
+            raise UnsupportedError(
+                "adapters add in an order that depends on the rows of a step: load without invariant"
+            )
+        if self.config.experts is not None and self.comm.size > 1:
+            raise UnsupportedError("adapters of a mixture of experts work where one process holds the whole model")
         lora, self.decoder = self._loras.load(path, name, self.decoder)
         # What rank 0 can read and place, the others can, if they see the same files.
         self.comm.tell({"load_lora": {"path": str(Path(path).resolve()), "name": lora.name}})

@@ -24,7 +24,10 @@ def sizes_of(checkpoint: Checkpoint, config: ModelConfig) -> Sizes:
     layers = [names.layer(index) for index in range(config.num_layers)]
     attention = [name for layer in layers for name in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)]
     mlp = [name for layer in layers for name in (layer.gate_proj, layer.up_proj, layer.down_proj)]
-    norms = [name for layer in layers for name in (layer.input_norm, layer.post_attention_norm)]
+    num_experts = 0 if config.experts is None else config.experts.num_experts
+    mlp += [name for layer in layers for expert in range(num_experts) for name in layer.expert(expert)]
+    # Like norms, routers are on every GPU.
+    norms = [name for layer in layers for name in (layer.input_norm, layer.post_attention_norm, layer.router)]
     stored: dict[str, int] = {}
     for name in checkpoint.names():
         module = name.rpartition(".")[0]
@@ -40,7 +43,7 @@ def sizes_of(checkpoint: Checkpoint, config: ModelConfig) -> Sizes:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         hidden_size=config.hidden_size,
-        mlp_size=config.mlp_size,
+        mlp_size=config.cut_mlp_size,
         vocab_size=config.vocab_size,
         attention_bytes=total(attention),
         mlp_bytes=total(mlp),
@@ -59,7 +62,7 @@ def loaded_sizes(config: ModelConfig, decoder: Decoder) -> Sizes:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         hidden_size=config.hidden_size,
-        mlp_size=config.mlp_size,
+        mlp_size=config.cut_mlp_size,
         vocab_size=config.vocab_size,
         attention_bytes=sum(linear.nbytes for block in blocks for linear in block.attention.linears()),
         mlp_bytes=sum(linear.nbytes for block in blocks for linear in block.mlp.linears()),

@@ -164,6 +164,23 @@ class Cutter:
             return None
         return self.parameters.part(name, shape, "out", (start, stop), has_bias=has_bias)
 
+    def may_cut(self, name: str, shape: tuple[int, int], in_spans: Sequence[Span]) -> bool:
+        """Say whether a matrix (K, N) may be cut along its inputs into every rank's span."""
+        cuts = sorted({cut for span in in_spans for cut in span})
+        # With all inputs on one rank there is nothing to cut.
+        return cuts == [0, shape[0]] or self.parameters.may_cut(name, shape, cuts)
+
+    def inputs(self, name: str, shape: tuple[int, int], in_spans: Sequence[Span], *, has_bias: bool) -> Linear | None:
+        """Return the rows of a matrix (K, N) in this rank's span; None if there are none. One rank has the bias."""
+        start, stop = self.mine(in_spans)
+        if start == stop:
+            self.parameters.leave(name)
+            return None
+        if (start, stop) == (0, shape[0]):
+            return self.parameters.linear(name, shape, has_bias=has_bias)
+        linear = self.parameters.part(name, shape, "in", (start, stop), has_bias=has_bias)
+        return linear if start == 0 else replace(linear, bias=None)
+
     def output(self, name: str, shape: tuple[int, int], in_spans: Sequence[Span], *, has_bias: bool) -> Output:
         """Return what this rank does of a product whose sum over the ranks is the whole.
 
@@ -173,18 +190,11 @@ class Cutter:
             in_spans: the input features that each rank has.
             has_bias: whether there is a bias; one rank adds it.
         """
-        start, stop = self.mine(in_spans)
-        cuts = sorted({cut for span in in_spans for cut in span})
-        # With all inputs on one rank there is nothing to cut.
-        if cuts == [0, shape[0]] or self.parameters.may_cut(name, shape, cuts):
-            if start == stop:
-                self.parameters.leave(name)
+        if self.may_cut(name, shape, in_spans):
+            linear = self.inputs(name, shape, in_spans, has_bias=has_bias)
+            if linear is None:
                 return Nothing(shape[1])
-            if (start, stop) == (0, shape[0]):
-                linear = self.parameters.linear(name, shape, has_bias=has_bias)
-                return linear if self.plan is None else SomeInputs(linear)
-            linear = self.parameters.part(name, shape, "in", (start, stop), has_bias=has_bias)
-            return SomeInputs(linear if start == 0 else replace(linear, bias=None))
+            return linear if self.plan is None else SomeInputs(linear)
         spans = self.spans("residual", shape[1])
         sizes = tuple(stop - start for start, stop in in_spans)
         linear_or_none = self.columns(name, shape, spans, has_bias=has_bias)

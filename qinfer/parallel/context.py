@@ -113,7 +113,7 @@ class TPContext:
         self.plan.check_ranks(self.model.comm.size)
         if self.pinned_temp is None:
             config = self.model.config
-            widest = max(config.vocab_size, config.mlp_size, config.hidden_size)
+            widest = max(config.vocab_size, config.mlp_size, config.cut_mlp_size, config.hidden_size)
             length = min(MAX_INPUT, config.max_positions) * widest
             is_pinned = self.model.device.type == "cuda"
             buffers = [torch.empty(length, dtype=self.model.dtype, pin_memory=is_pinned) for _ in range(2)]

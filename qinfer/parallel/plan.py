@@ -179,6 +179,18 @@ def _columns(total: int, memory: Sequence[int], step: int, minimum: int) -> list
     return [(min(start * step, total), min(stop * step, total)) for start, stop in spans]
 
 
+def scaled_spans(spans: Sequence[Span], total: int) -> list[Span]:
+    """Divide other columns in about the same shares: cuts move to the next whole block of MLP_STEP below."""
+    whole = spans[-1][1]
+    if whole == total:
+        return list(spans)
+
+    def scaled(cut: int) -> int:
+        return total if cut == whole else cut * total // whole // MLP_STEP * MLP_STEP
+
+    return [(scaled(start), scaled(stop)) for start, stop in spans]
+
+
 def _spans(counts: Sequence[int]) -> list[Span]:
     return list(pairwise(accumulate(counts, initial=0)))
 

@@ -267,20 +267,26 @@ def _describe_config(report: Report, config: ModelConfig) -> None:
     """Say what the model is and what of its config is honoured."""
     rope, windows = config.rope, {window for window in config.windows if window is not None}
     heads = f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values"
-    sizes = f"{config.num_layers} layers, hidden {config.hidden_size}, MLP {config.mlp_size}"
+    sizes = f"{config.num_layers} layers, hidden {config.hidden_size}"
     stretched = "" if rope.kind == "default" else f", {rope.kind} rope by {rope.factor:g}"
     window = f", windows of {', '.join(map(str, sorted(windows)))}" if windows else ""
+    mlps = f"MLP {config.mlp_size}"
+    if (experts := config.experts) is not None:
+        mlps = f"{experts.num_experts} experts of {experts.mlp_size}, {experts.per_token} per token"
+        num_dense = config.num_layers - sum(experts.layers)
+        mlps += f" (in {num_dense} of the layers one MLP of {config.mlp_size})" if num_dense else ""
     traits = {
         "biases on q, k, v": config.qkv_bias,
         "bias on o": config.o_bias,
         "biases in the MLP": config.mlp_bias,
         "norms of q and k": config.qk_norm,
         "head tied to the embedding": config.tied_embeddings,
+        "experts weighted to a sum of one": experts is not None and experts.normalized,
     }
     cache = KV_FORMATS["fp16"].nbytes_per_token(config.num_kv_heads, config.head_dim) * config.num_layers
     gpu, cpu = (_short(resolve_dtype(None, torch.device(device), config)) for device in ("cuda", "cpu"))
     report.facts += [
-        ("model", f"{config.model_type}, {sizes}, vocabulary {config.vocab_size}"),
+        ("model", f"{config.model_type}, {sizes}, {mlps}, vocabulary {config.vocab_size}"),
         ("attention", heads),
         ("context", f"{config.max_positions} positions, rope theta {rope.theta:g}{stretched}{window}"),
         ("traits", ", ".join(trait for trait, given in traits.items() if given) or "none"),

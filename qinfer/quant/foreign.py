@@ -35,6 +35,12 @@ def refuse_foreign(source: Source, name: str) -> None:
     Raises:
         UnsupportedError: names the format, the tensor, and what works.
     """
+    layer = name.partition(".experts.")[0].rpartition(".")[0]
+    if layer and f"{layer}.mlp.experts.gate_up_proj" in source:
+        raise UnsupportedError(
+            f"the experts of {layer} are stored as one tensor, {layer}.mlp.experts.gate_up_proj, which cannot be read; "
+            "what works: one tensor per expert, as transformers writes with save_pretrained(save_original_format=True)"
+        )
     for suffix, label in SUFFIXES.items():
         tensor = f"{name}{suffix}"
         if tensor not in source:

@@ -66,6 +66,9 @@ def test_every_product_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(layers, "paged_attention", attend)
     for chosen in (decoder, fixed):
         _logits(Model(model.config, chosen, device=model.device, dtype=model.dtype), [Piece([1], 0, [0], "last")])
+    decided = Model(model.config, fixed, device=model.device, dtype=model.dtype)
+    with pytest.raises(UnsupportedError, match="depends on the rows of a step: load without invariant"):
+        decided.load_lora(tmp_path)
     assert asked == [False] * len(decoder.blocks) + [True] * len(fixed.blocks)
 
 

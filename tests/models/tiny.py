@@ -34,6 +34,8 @@ _CLASSES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
 
 
@@ -56,8 +58,8 @@ def save(path: Path, model_type: str, *, seed: int = 0, dtype: torch.dtype = tor
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 2:
-            value = noise * (1.5 / math.sqrt(parameter.shape[1]))
+        if parameter.dim() >= 2:  # transformers holds the matrices of experts in one tensor
+            value = noise * (1.5 / math.sqrt(parameter.shape[-1]))
         else:
             value = 0.3 * noise if name.endswith("bias") else 1 + 0.2 * noise
         parameter.data.copy_(value.to(dtype))
