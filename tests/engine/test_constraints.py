@@ -51,8 +51,7 @@ class EveryWalk:
 
     def allowed(self) -> Words:
         self._raise("allowed")
-        # What it says of ends does not count.
-        return packed({*self.may_follow(), *EOS}, VOCAB)
+        return packed(self.may_follow(), VOCAB)
 
     def advance(self, token_id: int) -> None:
         self._raise("advance")
@@ -187,16 +186,21 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("num_words", [2, 4])
-def test_words_of_another_vocabulary(num_words: int) -> None:
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_words_of_another_vocabulary(num_words: int, is_complete: bool) -> None:
     class Walk(EveryWalk):
+        is_complete = False
+
         def allowed(self) -> Words:
             return np.full(num_words, -1, np.int32)
 
     constraint = Every(9)
     constraint.begin = lambda: Walk(constraint)
-    words = Steering(constraint, frozenset({95}), 96).words([])
+    Walk.is_complete = is_complete
+    words = Steering(constraint, frozenset({0, 95}), 96).words([])
     # What is left out at the end allows nothing, ids beyond the vocabulary are cut off, and ends are the request's own.
-    assert words.tolist() == [-1, -1, -(2**31) if num_words == 2 else -1]
+    allowed = set(range(32 * min(num_words, 3))) - {0, 95} | ({0, 95} if is_complete else set())
+    assert words.tolist() == packed(allowed, 96).tolist()
 
 
 @given(st.sets(st.integers(0, 99)), st.sampled_from([70, 96, 100]))

@@ -76,7 +76,7 @@ def test_a_prompt_that_gives_way_half_scored_goes_on_where_it_was() -> None:
     gen = generator(max_tokens=40)
     gen.scheduler.max_mixed_tokens = 1
     prompt = list(range(20, 44))
-    first = gen.submit(list(range(50, 62)), SamplingParams(temperature=0, max_new_tokens=28), priority=1)
+    first = gen.submit(list(range(50, 61)), SamplingParams(temperature=0, max_new_tokens=28), priority=1)
     scored = gen.submit(prompt, SamplingParams(temperature=0, max_new_tokens=3, prompt_logprobs=1))
     while not scored.sequence.num_preempted:
         gen.step()
