@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qinfer.engine.constraints import Words, keep_allowed, packed
-from qinfer.engine.sampling import Row, SamplingParams, UniformStream, sample
+from qinfer.engine.draft import NgramDraft
+from qinfer.engine.sampling import Row, SamplerState, SamplingParams, UniformStream, sample
+from qinfer.engine.sequence import Sequence
 from qinfer.engine.steering import Steering
 from tests.engine.mock import TOKENIZER, VOCAB, MockModel, expected, generator, is_idle, logits_after
 
@@ -68,7 +70,7 @@ class EveryWalk:
             raise RuntimeError(f"{what} at {len(self.ids)}")
 
 
-def by_definition(prompt: Sequence[int], params: SamplingParams, memory: int = 0) -> tuple[list[int], str]:
+def by_definition(prompt: Many[int], params: SamplingParams, memory: int = 0) -> tuple[list[int], str]:
     """The ids and the finish reason of a request, one mask at a time."""
     ids: list[int] = []
     stream = UniformStream(params.seed)
@@ -201,6 +203,19 @@ def test_words_of_another_vocabulary(num_words: int, is_complete: bool) -> None:
     # What is left out at the end allows nothing, ids beyond the vocabulary are cut off, and ends are the request's own.
     allowed = set(range(32 * min(num_words, 3))) - {0, 95} | ({0, 95} if is_complete else set())
     assert words.tolist() == packed(allowed, 96).tolist()
+
+
+def test_a_wrong_guess_that_fits_leaves_no_trace() -> None:
+    params = SamplingParams(temperature=0, constraint=Every(9))
+    one = Sequence(
+        1, (5,), params, SamplerState(params, (5,)), steering=Steering(params.constraint, frozenset(), VOCAB)
+    )
+    one.drafter, one.drafts = NgramDraft(2), [3, 7]
+    one.rows()
+    one.accept([4, 0, 0])
+    (row,) = one.rows()
+    assert one.generated == [4]
+    assert row.words.tolist() == packed(range(1, VOCAB, 3), VOCAB).tolist()
 
 
 @given(st.sets(st.integers(0, 99)), st.sampled_from([70, 96, 100]))
