@@ -15,7 +15,6 @@ from qinfer.bench.engines import ENGINES, check_engines, measure_engine
 from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
 from qinfer.bench.report import emit
 from qinfer.bench.synthetic import add_source, describe_source, synthetic_model, synthetic_sizes
-from qinfer.cache.formats import nbytes_per_token
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Job
 from qinfer.engine.sampling import SamplingParams
@@ -153,14 +152,12 @@ def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
     Every matrix and norm once, but of experts only those that the batch takes; per sequence one row of the embedding,
     and the cache at the middle of the contexts.
     """
-    config, decoder = model.config, model.decoder
+    decoder = model.decoder
     weights: int = sum(linear.nbytes for linear in decoder.linears()) - _untaken_bytes(model, options.batch)
     table, *norms = decoder.tensors()
     cache = model.new_cache(1, kv_format=options.kv_format)
     middle = options.context + options.new_tokens // 2
-    _, num_kv_heads, *_ = cache.pages(0)[0].codes.shape
-    per_token = nbytes_per_token(cache.formats, num_kv_heads, config.head_dim)
-    per_sequence: int = table.shape[1] * table.itemsize + middle * per_token
+    per_sequence: int = table.shape[1] * table.itemsize + middle * (cache.nbytes // cache.page_size)
     batch: int = options.batch
     return weights + sum(norm.nbytes for norm in norms) + batch * per_sequence
 
