@@ -91,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
                 if found.ms is not None:
                     rates = [f"{moved / found.ms / 1e6:,.0f}", f"{step.flops / found.ms / 1e9:.1f}"]
                 print(f"{batch:>4} {context:>8} {step.queries:>8} {name:<18}{found!s:>9}{rates[0]:>9}{rates[1]:>9}")
+                if found.problem:
+                    print(f"{'':<23}{found.problem}")
                 row = {"bench": "op", "op": "attention", "format": name, "model": options.preset, "batch": batch}
                 row |= {"context": context, "queries": step.queries, "bytes": moved, "flops": step.flops}
                 row |= {

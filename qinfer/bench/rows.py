@@ -86,7 +86,7 @@ def describe(row: Row) -> str:
     """Name a row in words: what it is about, as short as possible."""
     names = ("op", "model", "engine", "weights", "head", "format", "case", "kind", "n", "k", "m", "rows", "vocabulary")
     words = [str(row["bench"]) if "op" not in row else ""]
-    for name in (*names, "batch", "context", "clients", "rate", "kv_format"):
+    for name in (*names, "batch", "context", "queries", "clients", "rate", "kv_format"):
         value = row.get(name)
         if value is not None and value != DEFAULTS.get(name):
             is_word = name in ("op", "model", "engine", "weights", "format", "case", "kind")
