@@ -38,7 +38,7 @@ class Experts:
 MIXTRAL = Experts("mixtral-8x7b", 4096, 14336, 8, 2)
 QWEN3 = Experts("qwen3-30b-a3b", 2048, 768, 128, 8)
 FEW = Experts(f"{TINY.name} experts", TINY.hidden, 128, 4, 2)
-DENSE, MIXED = Stored("dense"), Stored("4 and 3 bits", group_size=32)
+DENSE, MIXED = Stored("dense"), Stored("4 and 3 bits")
 
 
 def _operand(m: Maker, s: Experts, matrix: Matrix, stored: Stored, dtype: torch.dtype) -> ExpertOperand:

@@ -37,7 +37,7 @@ from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.tiles import MAX_ROWS, Tile, registers, rule
 
 DENSE_BLOCK_N, DENSE_BLOCK_K = 64, 64
-LONG_STEP, MIN_ROWS = 256, 32
+LONG_STEP, MIN_ROWS, SMALL_GROUP = 256, 32, 128
 DENSE_WIDTHS = (8,)  # the rule for codes of 8 bits is nearest to that of dense matrices
 
 # Experts and pairs of blocks, slots, and what kernels are compiled for.
@@ -222,7 +222,7 @@ def _planes(x: Tensor, matrix: PlaneOperand, tables: Tables, out: Tensor, tile: 
     parts, num_pairs, n = out.shape
     blocks, pairs, slots, constants = tables
     offsets = matrix.scales if matrix.offsets is None else matrix.offsets
-    if step_k(matrix.bits) > LONG_STEP and is_ptx_target(x):
+    if step_k(matrix.bits) > LONG_STEP and matrix.group_size < SMALL_GROUP and is_ptx_target(x):
         # NVIDIA: sixteen slices of a step, unrolled, do not fit the registers of four warps where groups are small.
         tile = replace(tile, warps=8)
     names = ("BITS", "HIGH_TILES", "HAS_LOW", "SLICES", "RUN", "GROUP", "HAS_OFFSETS", "EVEN_K")
