@@ -211,7 +211,10 @@ def synthetic_model(
             raise UnsupportedError(f"there are no synthetic weights {kind!r}; these work: {', '.join(WEIGHTS)}")
     config, body = preset_config(preset, has_own_head=head is not None), WEIGHTS[weights]
     if num_layers is not None:
-        config = replace(config, num_layers=num_layers, windows=config.windows[:num_layers])
+        experts = config.experts
+        if experts is not None:
+            experts = replace(experts, layers=experts.layers[:num_layers])
+        config = replace(config, num_layers=num_layers, windows=config.windows[:num_layers], experts=experts)
     dtype = body.dtype if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     parameters = SyntheticParameters(device, dtype, body, WEIGHTS[head or weights], name_map(config).head)

@@ -72,6 +72,15 @@ class DraftModel:
             )
 
 
+def longest_window(target: Model, draft: int | DraftModel) -> int | None:
+    """Return how many positions are looked at, by a model or by what drafts for it; None if that is all of them."""
+    window = target.config.longest_window
+    if window is None or isinstance(draft, int):
+        return window
+    seen = draft.model.config.longest_window
+    return None if seen is None else max(window, seen)
+
+
 class Reservation:
     """The drafts of one sequence as the scheduler sees them: how many there will be, the ids come later."""
 

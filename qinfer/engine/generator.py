@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qinfer.engine import session
 from qinfer.engine.draft import NgramDraft
-from qinfer.engine.draft_model import DraftModel, DraftRunner, Reservation
+from qinfer.engine.draft_model import DraftModel, DraftRunner, Reservation, longest_window
 from qinfer.engine.failures import FailAlone, FailTogether
 from qinfer.engine.front import AsyncFront
 from qinfer.engine.guidance import shadow_of
@@ -90,21 +90,16 @@ class Generator:
         self.model = model
         self.draft = draft
         self.pages = PageTable(-(-max_tokens // page_size), page_size)
-        window = model.config.longest_window
-        if window is not None and isinstance(draft, DraftModel):
-            # What either of them still looks at stays.
-            seen = draft.model.config.longest_window
-            window = None if seen is None else max(window, seen)
         self.scheduler = Scheduler(
             self.pages,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
-            window=window,
+            window=longest_window(model, draft),
         )
         self.cache = model.new_cache(self.pages.num_pages, page_size=page_size, kv_format=kv_format)
         longest = self.pages.pages_for(model.config.max_positions)
-        if window is None:
+        if self.scheduler.window.length is None:
             longest = min(longest, self.pages.num_pages)
         sizes = {
             "page_size": page_size,
