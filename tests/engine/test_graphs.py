@@ -1,5 +1,7 @@
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from qinfer.engine.graphs import GraphRunner, bucket_sizes, mixed_sizes
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
-from tests.models import tiny
+from tests.models import adapters, tiny
 
 WIDTH, PAGE = 3, 16
 
@@ -78,6 +80,52 @@ def test_batches_of_another_shape_are_refused(pad_to: int, width: int) -> None:
         runner.run(batch)
 
 
+class Eager(GraphRunner):
+    """The same padded steps without a graph, and the rooms that they had."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.rooms: set[Room] = set()
+
+    def run(self, batch: Batch) -> Tensor:
+        (rows, width), tokens = batch.page_table.shape, batch.token_ids.shape[0]
+        self.rooms.add(Room(tokens, rows, batch.logit_rows.shape[0]))
+        sizes = {"T": tokens, "B": rows, "W": width, "R": batch.logit_rows.shape[0]}
+        on_device = Batch.views(batch.buffer.to(self._device), **sizes, max_query_len=1 if tokens == rows else tokens)
+        return self._decoder(replace(on_device, has_adapters=batch.has_adapters), self._cache)
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_padded_steps_say_what_steps_without_padding_say(tmp_path: Path, kind: str, draft: int) -> None:
+    tiny.save(tmp_path, kind)
+    model = Model.load(tmp_path, device="cpu")
+    adapters.save(tmp_path / "lora", tmp_path)
+    loras = [None, model.load_lora(tmp_path / "lora")]
+    options = {"kv_format": "fp32", "max_tokens": 256, "page_size": PAGE, "max_batch": 3, "draft": draft}
+    plain, padded = (Generator(model, max_step_tokens=24, **options) for _ in range(2))
+    runner = padded.runner
+    runner.graphs = Eager(
+        runner._forward, padded.cache, max_batch=3, table_width=runner._table_width, max_mixed_tokens=24
+    )
+    texts = []
+    for gen in (plain, padded):
+        random, jobs = Random(1), []
+        # Prompts of any length arrive while others stream; some repeat themselves, so that there is something to guess.
+        for number in range(7):
+            prompt = tiny.prompt(random.randrange(1, 30), seed=number) * random.choice((1, 2))
+            params = SamplingParams(temperature=0, max_new_tokens=random.randrange(1, 12), ignore_eos=True)
+            jobs.append(gen.submit(prompt, params, lora=loras[number % 2]))
+            for _ in range(random.randrange(4)):
+                gen.step()
+        while gen.scheduler.has_work or not all(job.finished for job in jobs):
+            gen.step()
+        texts.append([job.completion for job in jobs])
+    assert texts[0] == texts[1]
+    assert runner.graphs.rooms & set(runner.graphs.mixed), "no step was mixed"
+    assert {room.tokens for room in runner.graphs.rooms} >= {1, 2, 16}
+
+
 # --- on a GPU
 
 
@@ -86,16 +134,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     path: Path = tmp_path_factory.mktemp("graphs") / "llama"
     tiny.save(path, "llama", dtype=torch.bfloat16)
     return Model.load(path, device="cuda")
-
-
-class Eager(GraphRunner):
-    """The same padded steps without a graph."""
-
-    def run(self, batch: Batch) -> Tensor:
-        (rows, width), tokens = batch.page_table.shape, batch.token_ids.shape[0]
-        sizes = {"T": tokens, "B": rows, "W": width, "R": batch.logit_rows.shape[0]}
-        on_device = Batch.views(batch.buffer.to(self._device), **sizes, max_query_len=1 if tokens == rows else tokens)
-        return self._decoder(on_device, self._cache)
 
 
 @pytest.mark.gpu
