@@ -7,7 +7,7 @@ reported as an error that is both RuntimeError, as in the compiled module, and V
 (`binding.py`). What differs from the compiled module, always to the safe side:
 
 - Tensors are not shuffled in place, and need not outlive the handle made of them.
-- Products accumulate in fp32 and are repeatable bit by bit.
+- Products accumulate in fp32 and are repeatable bit by bit; adapters go through a post-norm with what they adapt.
 - Values out of range, which the compiled module reads or writes past the end for, raise; on a GPU, where looking at
   values would stall it, this holds for `make_q_matrix` and `make_group_map` only.
 - `temp_dq` and `max_dq_rows` are checked and otherwise unused: `qinfer.kernels.matmul` bounds its own scratch.
@@ -15,6 +15,14 @@ reported as an error that is both RuntimeError, as in the compiled module, and V
 
 from __future__ import annotations
 
+from qinfer.compat.ext_attention import (
+    free_q_attn,
+    make_q_attn,
+    q_attn_forward_1,
+    q_attn_forward_2,
+    q_attn_set_loras,
+    set_flash_attn_func,
+)
 from qinfer.compat.ext_cache import (
     cache_rotate,
     count_match,
@@ -31,6 +39,15 @@ from qinfer.compat.ext_matrix import (
     make_q_matrix,
     make_q_matrix_split,
     reconstruct,
+)
+from qinfer.compat.ext_mlp import (
+    free_q_mlp,
+    free_q_moe_mlp,
+    make_q_mlp,
+    make_q_moe_mlp,
+    q_mlp_forward_,
+    q_mlp_set_loras,
+    q_moe_mlp_forward_,
 )
 from qinfer.compat.ext_packing import (
     make_group_map,
@@ -72,24 +89,37 @@ __all__ = [
     "fp8_to_fp16",
     "fp16_to_fp8",
     "fp16_to_q_kv",
+    "free_q_attn",
     "free_q_matrix",
+    "free_q_mlp",
+    "free_q_moe_mlp",
     "free_tp_context",
     "gemm_half_half_half",
     "gemm_half_q_half",
     "gemm_half_q_half_tp",
     "logit_filter_exclusive",
     "make_group_map",
+    "make_q_attn",
     "make_q_matrix",
     "make_q_matrix_split",
+    "make_q_mlp",
+    "make_q_moe_mlp",
     "make_tp_context",
     "matrix_fp16_to_q4",
     "matrix_q4_to_fp16",
     "pack_columns",
     "pack_rows_4",
     "partial_strings_match",
+    "q_attn_forward_1",
+    "q_attn_forward_2",
+    "q_attn_set_loras",
+    "q_mlp_forward_",
+    "q_mlp_set_loras",
+    "q_moe_mlp_forward_",
     "q_to_fp16_kv",
     "reconstruct",
     "sample_basic",
+    "set_flash_attn_func",
     "stloader_read",
     "tensor_remap",
     "tensor_remap_4bit",

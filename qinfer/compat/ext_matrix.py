@@ -16,6 +16,15 @@ MAX_FEATURES = 1 << 16  # q_perm and q_invperm are 16 bits wide
 _matrices: Handles[QMatrix] = Handles("q_matrix")
 
 
+def find_matrix(handle: int) -> QMatrix:
+    """Return the matrix of a handle, for the layers that are made of some.
+
+    Raises:
+        ValueError: the handle was freed, or belongs to something else.
+    """
+    return _matrices.find(handle)
+
+
 @extension
 def make_q_matrix(
     q_weight: Tensor,

@@ -107,7 +107,7 @@ class QMatrix:
 
         Args:
             x: fp16, features in their original order.
-            out: fp16.
+            out: fp16, or fp32 to keep all that was added up.
             route: "packed" reads the packed weights, however many rows there are; "dense" dequantizes the matrix and
                 multiplies by that; "auto" leaves the choice to `qinfer.kernels.matmul`.
         """
