@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -142,13 +143,13 @@ def make_q_attn(
         raise ValueError(f"rope_style must be 0 (none), 1 (neighbours) or 2 (halves), got {rope_style}")
     if rope_style != NO_ROPE and not (0 < sincos_size <= head_dim and sincos_size % 2 == 0):
         raise ValueError(f"sincos_size must be even and from 2 to head_dim = {head_dim}, got {sincos_size}")
-    kind = {"is_rms": layernorm_is_rms, "eps": norm_epsilon}
+    norm = partial(Norm.of, matrix=q.matrix, is_rms=layernorm_is_rms, eps=norm_epsilon)
     residual = Residual(
         hidden_size,
         max_rows,
         device,
-        Norm.of("layernorm", (layernorm, layernorm_bias), q.matrix, **kind),
-        Norm.of("post_layernorm", (post_layernorm, post_layernorm_bias), q.matrix, **kind),
+        norm("layernorm", (layernorm, layernorm_bias)),
+        norm("post_layernorm", (post_layernorm, post_layernorm_bias)),
         has_residual,
         torch.float32 if residual_fp32 else torch.float16,
     )
@@ -228,8 +229,8 @@ def q_attn_forward_1(
 ) -> None:
     """Make queries, keys and values of the residual stream, ready for attention.
 
-    Token i of sequence b is at position past_len + past_lens[b] + i, or past_lens[b] + i where past_len is -1, and at 0
-    where that is negative, as for padding on the left.
+    Token i of sequence b is at position past_len + past_lens[b] + i, or at 0 where that is negative, as for padding on
+    the left. Where past_len is -1, it is at max(past_lens[b], 0) + i.
 
     Args:
         q_attn: from `make_q_attn`.
@@ -268,7 +269,7 @@ def q_attn_forward_1(
     n = layer.residual.normalized(rows)
     for projection, out in zip(layer.projections, outputs, strict=False):
         projection.multiply(n, out, loras)
-    q, k = (out.view(rows.shape[0], -1, layer.head_dim) for out in outputs[:2])
+    q, k = (out.view(rows.shape[0], out.shape[1] // layer.head_dim, layer.head_dim) for out in outputs[:2])
     for norm, heads in zip(layer.norms, (q, k), strict=True):
         if norm is not None:
             norm.normalize(heads)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -142,13 +143,13 @@ def make_q_mlp(
     mlp = _MLP(gate, up, down, act_gelu)
     mlp.check(hidden_size, device)
     check_scratch(temp_state=temp_state, temp_a=temp_a, temp_b=temp_b, temp_dq=temp_dq)
-    kind = {"is_rms": layernorm_is_rms, "eps": norm_epsilon}
+    norm = partial(Norm.of, matrix=up.matrix, is_rms=layernorm_is_rms, eps=norm_epsilon)
     residual = Residual(
         hidden_size,
         max_rows,
         device,
-        Norm.of("layernorm", (layernorm, layernorm_bias), up.matrix, **kind),
-        Norm.of("post_layernorm", (post_layernorm, post_layernorm_bias), up.matrix, **kind),
+        norm("layernorm", (layernorm, layernorm_bias)),
+        norm("post_layernorm", (post_layernorm, post_layernorm_bias)),
         has_residual,
         torch.float32 if residual_fp32 else torch.float16,
     )

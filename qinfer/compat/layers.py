@@ -34,21 +34,23 @@ class Norm:
     eps: float
 
     @classmethod
-    def of(cls, name: str, tensors: tuple[Tensor | None, Tensor | None], matrix: QMatrix, **kind: float) -> Norm | None:
+    def of(
+        cls, name: str, tensors: tuple[Tensor | None, Tensor | None], matrix: QMatrix, *, is_rms: bool, eps: float
+    ) -> Norm | None:
         """Copy the weight and bias [C] fp16 of a norm; None where no weight is given.
 
         Args:
             name: what the caller calls the weight.
             tensors: the weight and the bias, or nothing.
             matrix: a matrix that reads C features, where the norm is to live.
-            kind: is_rms and eps.
+            is_rms: an RMS norm rather than a layer norm.
+            eps: added to the mean square, or to the variance.
         """
         weight, bias = (optional(tensor) for tensor in tensors)
         if weight is None:
             if bias is not None:
                 raise ValueError(f"{name}_bias must come with {name}, got it alone")
             return None
-        is_rms, eps = bool(kind["is_rms"]), kind["eps"]
         if bias is not None and is_rms:
             raise ValueError(f"{name}_bias must be nothing for an RMS norm, got {list(bias.shape)}")
         for suffix, tensor in (("", weight), ("_bias", bias)):

@@ -173,6 +173,13 @@ def test_an_overflowed_row_counts_as_the_largest_number() -> None:
         assert torch.equal(actual, expected)
 
 
+def test_no_tokens() -> None:
+    layer, (sin, cos) = attention("dense"), tables(8, 2)
+    x, q, k, v = (torch.zeros(2, 0, n, dtype=HALF) for n in (64, 64, 32, 32))
+    ext_c.q_attn_forward_1(layer.handle, x, 2, 0, 5, None, q, k, v, sin, cos, [], None)
+    ext_c.q_attn_forward_2(layer.handle, x, q, 2, 0, [], None)
+
+
 @EVERYWHERE
 @KINDS
 @LORAS
