@@ -23,6 +23,7 @@ from qinfer.compat.ext_cache import (
     fp16_to_q_kv,
     q_to_fp16_kv,
 )
+from qinfer.compat.ext_hadamard import had_paley, had_paley2
 from qinfer.compat.ext_matrix import (
     free_q_matrix,
     gemm_half_half_half,
@@ -31,6 +32,16 @@ from qinfer.compat.ext_matrix import (
     make_q_matrix,
     make_q_matrix_split,
     reconstruct,
+)
+from qinfer.compat.ext_norms import (
+    head_norm,
+    head_norm_,
+    layer_norm,
+    layer_norm_,
+    rms_norm,
+    rms_norm_,
+    rms_norm_tp,
+    softcap_,
 )
 from qinfer.compat.ext_packing import (
     make_group_map,
@@ -42,6 +53,7 @@ from qinfer.compat.ext_packing import (
     tensor_remap,
     tensor_remap_4bit,
 )
+from qinfer.compat.ext_positions import gen_mrope_pos_ids, rope_
 from qinfer.compat.ext_sampling import (
     apply_rep_penalty,
     dump_profile_results,
@@ -77,6 +89,13 @@ __all__ = [
     "gemm_half_half_half",
     "gemm_half_q_half",
     "gemm_half_q_half_tp",
+    "gen_mrope_pos_ids",
+    "had_paley",
+    "had_paley2",
+    "head_norm",
+    "head_norm_",
+    "layer_norm",
+    "layer_norm_",
     "logit_filter_exclusive",
     "make_group_map",
     "make_q_matrix",
@@ -89,7 +108,12 @@ __all__ = [
     "partial_strings_match",
     "q_to_fp16_kv",
     "reconstruct",
+    "rms_norm",
+    "rms_norm_",
+    "rms_norm_tp",
+    "rope_",
     "sample_basic",
+    "softcap_",
     "stloader_read",
     "tensor_remap",
     "tensor_remap_4bit",
