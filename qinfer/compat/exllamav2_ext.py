@@ -72,6 +72,7 @@ from qinfer.compat.ext_tp import (
     tp_cross_device_barrier,
     tp_gather,
 )
+from qinfer.compat.ext_tp_layers import tp_attn_forward_, tp_attn_forward_paged_, tp_mlp_forward_
 
 __all__ = [
     "apply_rep_penalty",
@@ -118,7 +119,10 @@ __all__ = [
     "tensor_remap",
     "tensor_remap_4bit",
     "tp_all_reduce",
+    "tp_attn_forward_",
+    "tp_attn_forward_paged_",
     "tp_broadcast",
     "tp_cross_device_barrier",
     "tp_gather",
+    "tp_mlp_forward_",
 ]
