@@ -31,6 +31,7 @@ from qinfer.compat.ext_cache import (
     fp16_to_q_kv,
     q_to_fp16_kv,
 )
+from qinfer.compat.ext_hadamard import had_paley, had_paley2
 from qinfer.compat.ext_matrix import (
     free_q_matrix,
     gemm_half_half_half,
@@ -49,6 +50,16 @@ from qinfer.compat.ext_mlp import (
     q_mlp_set_loras,
     q_moe_mlp_forward_,
 )
+from qinfer.compat.ext_norms import (
+    head_norm,
+    head_norm_,
+    layer_norm,
+    layer_norm_,
+    rms_norm,
+    rms_norm_,
+    rms_norm_tp,
+    softcap_,
+)
 from qinfer.compat.ext_packing import (
     make_group_map,
     matrix_fp16_to_q4,
@@ -59,6 +70,7 @@ from qinfer.compat.ext_packing import (
     tensor_remap,
     tensor_remap_4bit,
 )
+from qinfer.compat.ext_positions import gen_mrope_pos_ids, rope_
 from qinfer.compat.ext_sampling import (
     apply_rep_penalty,
     dump_profile_results,
@@ -77,6 +89,7 @@ from qinfer.compat.ext_tp import (
     tp_cross_device_barrier,
     tp_gather,
 )
+from qinfer.compat.ext_tp_layers import tp_attn_forward_, tp_attn_forward_paged_, tp_mlp_forward_
 
 __all__ = [
     "apply_rep_penalty",
@@ -97,6 +110,13 @@ __all__ = [
     "gemm_half_half_half",
     "gemm_half_q_half",
     "gemm_half_q_half_tp",
+    "gen_mrope_pos_ids",
+    "had_paley",
+    "had_paley2",
+    "head_norm",
+    "head_norm_",
+    "layer_norm",
+    "layer_norm_",
     "logit_filter_exclusive",
     "make_group_map",
     "make_q_attn",
@@ -118,13 +138,21 @@ __all__ = [
     "q_moe_mlp_forward_",
     "q_to_fp16_kv",
     "reconstruct",
+    "rms_norm",
+    "rms_norm_",
+    "rms_norm_tp",
+    "rope_",
     "sample_basic",
     "set_flash_attn_func",
+    "softcap_",
     "stloader_read",
     "tensor_remap",
     "tensor_remap_4bit",
     "tp_all_reduce",
+    "tp_attn_forward_",
+    "tp_attn_forward_paged_",
     "tp_broadcast",
     "tp_cross_device_barrier",
     "tp_gather",
+    "tp_mlp_forward_",
 ]

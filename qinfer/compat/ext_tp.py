@@ -42,7 +42,7 @@ class _Context:
         return pinned.view(-1)[:length].view(torch.Size(shape))
 
 
-_contexts: Handles[_Context] = Handles("tensor-parallel context")
+contexts: Handles[_Context] = Handles("tensor-parallel context")
 
 
 @extension
@@ -81,7 +81,7 @@ def make_tp_context(
     for buffer in pinned_temp:
         if buffer.dtype != torch.float16 or buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise ValueError(f"pinned_temp must be contiguous fp16 on the CPU, got {buffer.dtype} on {buffer.device}")
-    return _contexts.add(_Context(splits, tuple(pinned_temp)))
+    return contexts.add(_Context(splits, tuple(pinned_temp)))
 
 
 @extension
@@ -91,7 +91,7 @@ def free_tp_context(tp_context: int) -> None:
     Raises:
         RuntimeError: the handle is none of a context.
     """
-    _contexts.free(tp_context)
+    contexts.free(tp_context)
 
 
 @extension
@@ -118,7 +118,7 @@ def tp_broadcast(
     Raises:
         RuntimeError: a shape, a type or the number of targets does not fit.
     """
-    context = _contexts.find(tp_context)
+    context = contexts.find(tp_context)
     split, staged = context.split(broadcast_type), context.staged(buffer, source.shape)
     _check_count("targets", targets, split)
     for target in targets:
@@ -153,7 +153,7 @@ def tp_gather(
     Raises:
         RuntimeError: a shape, a type or a number of tensors does not fit.
     """
-    context = _contexts.find(tp_context)
+    context = contexts.find(tp_context)
     split = context.split(broadcast_type)
     _check_count("inputs", inputs, split)
     rows = inputs[0].shape[0]
@@ -180,7 +180,7 @@ def tp_cross_device_barrier(
     Raises:
         RuntimeError: the handle is none of a context, or there is no such type.
     """
-    _contexts.find(tp_context).split(broadcast_type)
+    contexts.find(tp_context).split(broadcast_type)
 
 
 @extension
@@ -196,7 +196,7 @@ def tp_all_reduce(tp_context: int, buffer: int, tensors: list[Tensor], residuals
     Raises:
         RuntimeError: a shape, a type or a number of tensors does not fit.
     """
-    context = _contexts.find(tp_context)
+    context = contexts.find(tp_context)
     if not tensors or len(tensors) != len(residuals):
         raise ValueError(f"there must be as many residuals as tensors, got {len(residuals)} and {len(tensors)}")
     for tensor in (*tensors, *residuals):

@@ -43,7 +43,13 @@ class Op(Generic[P, R]):
         body = _forced.get()
         if body is None:
             body = "launch" if first.is_cuda or settings().interpret else "reference"
-        return self.launch(*args, **kwargs) if body == "launch" else self.reference(*args, **kwargs)
+        if body == "reference":
+            return self.reference(*args, **kwargs)
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device(first.device):
+                return self.launch(*args, **kwargs)
+        return self.launch(*args, **kwargs)
 
 
 def op(*, reference: Callable[P, R], check: Callable[..., None]) -> Callable[[Callable[P, R]], Op[P, R]]:

@@ -108,3 +108,12 @@ def test_rows_refuse(table, ids, options, error, text):
 def test_columns_refuse(order, error, text):
     with pytest.raises(error, match=text):
         gather_columns(torch.zeros(2, 3), order)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are_whatever_device_is_current():
+    table, ids = torch.randn(9, 40), torch.tensor([8, 0, 3], dtype=torch.int32)
+    with torch.cuda.device(0):
+        assert torch.equal(gather_rows(table.to("cuda:1"), ids.to("cuda:1")).cpu(), table[ids.long()])
+        assert torch.cuda.current_device() == 0
