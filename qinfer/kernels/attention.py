@@ -31,13 +31,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.attention_products import add_values, prepared, scores
+from qinfer.kernels.attention_products import add_values, joined, no_sums, prepared, scores
 from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, reduce_if_last
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
-from qinfer.kernels.device import arch, is_amd_target, op
-from qinfer.kernels.kv_codec import KVPages, run_length
-from qinfer.kernels.kv_tile import has_scales, is_packed, is_rotated, join_pairs, rotate
+from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, op
+from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
+from qinfer.kernels.kv_tile import has_scales, is_rotated, load_scales, num_planes, rotate
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
@@ -134,9 +134,9 @@ def _paged_attention_kernel(
     IS_SPLIT: tl.constexpr,
     HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,  # the last program of a block to arrive adds up its runs
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,  # every sequence fits one query block
+    ONE_BLOCK: tl.constexpr,  # every sequence fits one query block
+    PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAP)
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     DTYPE: tl.constexpr = tl.float32 if p_q.dtype.element_ty == tl.float32 else tl.float16
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
@@ -160,28 +160,30 @@ def _paged_attention_kernel(
     b_own = tl.where(m_row, b_first + o_m // GROUP, -1)
     o_token = (b_start + o_query).to(tl.int64)
     o_head = i_head * GROUP + o_m % GROUP
-    p_rows = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
-    b_x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_out, other=0.0)
-    b_q, b_q_odd, b_factor = prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
-
     b_stop = tl.minimum(b_first + BLOCK_Q, b_context_len)
     b_stop = tl.where(i_local * BLOCK_Q < b_query_len, tl.maximum(b_stop, 0), 0)
     b_tile = tl.maximum(b_first - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else b_stop * 0
     b_num_tiles = tl.maximum((b_stop + BLOCK_N - 1) // BLOCK_N - b_tile, 0)
     b_tile_stop = b_tile + b_num_tiles * (i_split + 1) // num_splits
     b_tile_start = b_tile + b_num_tiles * i_split // num_splits
-
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D // 2 if is_packed(V_SCHEME) else BLOCK_D], tl.float32)
-    b_acc_odd = b_acc
-    b_unit = b_stop.to(tl.float32) * 0.0  # the sums are in units of the largest scale so far
-    p_k += i_head.to(tl.int64) * s_k_head
-    p_v += i_head.to(tl.int64) * s_v_head
     p_table += i_seq.to(tl.int64) * s_table
     # The page of a tile is loaded one round early: as a load within its own round, Triton would give it pipeline stages
     # of its own and leave K and V a single buffer.
     b_page = tl.load(p_table + b_tile_start * BLOCK_N // PAGE_SIZE, mask=b_tile_start < b_tile_stop, other=0)
+
+    # Where the tokens stand is written before the first kernel of a step, which overlaps with nothing in front of it.
+    wait_for_inputs(OVERLAP)
+    p_rows = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
+    b_x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_out, other=0.0)
+    b_q, b_factor = prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
+
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # With few rows, sums over keys meet behind the loop: a tile then has one reduction across warps, not two.
+    LATE_SUM: tl.constexpr = BLOCK_M == 16
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N] if LATE_SUM else [BLOCK_M], tl.float32)
+    b_acc = no_sums(BLOCK_M, BLOCK_D, num_planes(V_SCHEME))
+    p_k += i_head.to(tl.int64) * s_k_head
+    p_v += i_head.to(tl.int64) * s_v_head
     for i_tile in range(b_tile_start, b_tile_stop):
         b_key = i_tile * BLOCK_N
         b_next = tl.load(p_table + (b_key + BLOCK_N) // PAGE_SIZE, mask=i_tile + 1 < b_tile_stop, other=0)
@@ -191,35 +193,46 @@ def _paged_attention_kernel(
         # Rows of a page beyond the sequence may hold NaN, and a probability of 0 times NaN is NaN.
         m_key = o_key < b_stop
         b_scores = scores(
-            b_q, b_q_odd, b_factor, p_k + i_page * s_k_page,
-            p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
-            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP,
+            b_q, b_factor, p_k + i_page * s_k_page, p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
+            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP, PTX,
         )  # fmt: skip
         m_seen = o_key[None, :] <= b_own[:, None]
         if WINDOW > 0:
             m_seen = m_seen & (o_key[None, :] > b_own[:, None] - WINDOW)
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
+        b_bound = b_scores
+        if has_scales(V_SCHEME):
+            b_scale = load_scales(p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE + o_row, m_key)
+            # The exponent of the power of two above the scale, -126 for zero.
+            b_bound += ((b_scale.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)[None, :]
+        b_new_max = tl.maximum(b_max, tl.max(b_bound, axis=1))
         # A row that has seen nothing yet would compute -inf - -inf.
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
         b_p = tl.exp2(b_scores - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-        b_acc, b_acc_odd, b_unit = add_values(
-            b_acc, b_acc_odd, b_unit, b_decay, b_p, p_v + i_page * s_v_page,
-            p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE, o_row, m_key, s_v_row, DTYPE,
-            HEAD_DIM, BLOCK_D, V_SCHEME,
+        if LATE_SUM:
+            b_sum = b_sum * b_decay[:, None] + b_p
+        else:
+            b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+        if has_scales(V_SCHEME):
+            b_p *= b_scale[None, :]
+        b_acc = add_values(
+            b_acc, b_decay, b_p, p_v + i_page * s_v_page, o_row, m_key, s_v_row, DTYPE,
+            HEAD_DIM, BLOCK_D, V_SCHEME, PTX,
         )  # fmt: skip
         b_max = b_new_max
         b_page = b_next
     let_next_start(OVERLAP)
 
-    b_out = join_pairs(b_acc, b_acc_odd) if is_packed(V_SCHEME) else b_acc
-    b_out = b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+    if LATE_SUM:
+        b_sum = tl.sum(b_sum, axis=1)
+    b_out = joined(b_acc, num_planes(V_SCHEME))
     if is_rotated(V_SCHEME):
-        b_out = rotate(b_out.to(DTYPE), RUN)
-    if has_scales(V_SCHEME):
-        b_out = b_out * b_unit
+        # The scales are in the sums: divided by the largest number, a row fits fp16 for the rotation.
+        b_largest = tl.max(tl.abs(b_out), axis=1)[:, None]
+        b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
+        b_out = rotate((b_out / b_largest).to(DTYPE), RUN) * b_largest
+    b_out = b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
     if IS_SPLIT:
         o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
         # A run without tiles stores nothing but its sum, of zero.
@@ -241,9 +254,14 @@ def _paged_attention_kernel(
         tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
-def _strides(pages: KVPages) -> tuple[int, ...]:
-    """Return the strides of a page, a head and a row of codes, and of a page of scales."""
-    return (*pages.codes.stride()[:3], 0 if pages.scales is None else pages.scales.stride(0))
+def _words(pages: KVPages) -> Tensor:
+    """Return pages as the kernel reads them: plain numbers, or codes as 16-bit words."""
+    return pages.codes if pages.codec.scheme == "plain" else pages.codes.view(torch.int16)
+
+
+def _strides(words: Tensor, scales: Tensor | None) -> tuple[int, ...]:
+    """Return the strides of a page, a head and a row, and of a page of scales."""
+    return (*words.stride()[:3], 0 if scales is None else scales.stride(0))
 
 
 def _element_size(q: Tensor, k_pages: KVPages, v_pages: KVPages) -> int:
@@ -383,17 +401,20 @@ def paged_attention(
         parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
         locks = locks_of(q.device) if has_locks else None
+    k_words, v_words = _words(k_pages), _words(v_pages)
+    num_planes_most = max(NUM_PLANES[pages.codec.scheme] for pages in (k_pages, v_pages))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
-        q, k_pages.codes, k_pages.scales, v_pages.codes, v_pages.scales, page_table, query_starts, context_lens,
+        q, k_words, k_pages.scales, v_words, v_pages.scales, page_table, query_starts, context_lens,
         None if order is None else inverse(order), locks, out, parts, lse, scale * LOG2_E,
-        *q.stride()[:2], *_strides(k_pages), *_strides(v_pages), page_table.stride(0),
+        *q.stride()[:2], *_strides(k_words, k_pages.scales), *_strides(v_words, v_pages.scales), page_table.stride(0),
         num_seqs, (num_seqs - 1).bit_length(),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim), WINDOW=window or 0,
         SOFTCAP=0.0 if softcap is None else softcap * LOG2_E,
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16 * num_planes_most, triton.next_power_of_2(head_dim)),
+        BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block,
+        PTX=is_ptx_target(q), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **_registers(q, is_coded=is_coded), **overlap(q),
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:

@@ -21,6 +21,7 @@ from qinfer.kernels.attention_tiles import MAX_SPLITS
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_LOCKS = 1 << 16
+MAX_CHUNK = tl.constexpr(4096)  # numbers that a program adds up at once
 BLOCK_F = 128  # features that one program of the second kernel adds up
 
 
@@ -30,26 +31,39 @@ def _reduce_block(
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Add up the runs of every row of one block, all runs of a row at once."""
-    o_split, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD_DIM
-    for i_row in range(b_num_rows):
-        i_token, i_query_head = (i_first + i_row // GROUP).to(tl.int64), i_head * GROUP + i_row % GROUP
-        o_part = (i_token * NUM_HEADS + i_query_head) * num_splits + o_split
-        b_lse = tl.load(p_lse + o_part, mask=o_split < num_splits, other=float("-inf"), cache_modifier=".cg")
-        # A run without tiles has stored nothing but its sum, of zero.
-        m_part = (b_lse > float("-inf"))[:, None] & m_d[None, :]
-        p_part = p_parts + o_part[:, None] * HEAD_DIM + o_d[None, :]
-        b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
-        b_max = tl.max(b_lse, axis=0)
-        b_weight = tl.exp2(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max))
-        b_sum = tl.sum(b_weight, axis=0)
-        b_out = tl.sum(b_weight[:, None] * b_part, axis=0) / tl.where(b_sum > 0.0, b_sum, 1.0)
-        o_feature = i_query_head * HEAD_DIM + o_d
+    """Add up the runs of one block, those of all heads of a token at once."""
+    HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
+    CHUNK: tl.constexpr = max(1, min(BLOCK_S, MAX_CHUNK // (HEADS * BLOCK_D)))
+    o_g, o_split, o_chunk, o_d = tl.arange(0, HEADS), tl.arange(0, BLOCK_S), tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    m_g = o_g < GROUP
+    m_out = m_g[:, None] & (o_d < HEAD_DIM)[None, :]
+    o_head = i_head * GROUP + o_g
+    for i_query in range(b_num_rows // GROUP):
+        i_token = (i_first + i_query).to(tl.int64)
+        o_row = (i_token * NUM_HEADS + o_head) * num_splits
+        m_lse = m_g[:, None] & (o_split < num_splits)[None, :]
+        p_lses = p_lse + o_row[:, None] + o_split[None, :]
+        b_lse = tl.load(p_lses, mask=m_lse, other=float("-inf"), cache_modifier=".cg")
+        b_max = tl.max(b_lse, axis=1)
+        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_sum = tl.sum(tl.exp2(b_lse - b_max[:, None]), axis=1)
+        b_out = tl.zeros([HEADS, BLOCK_D], tl.float32)
+        for i_chunk in range(tl.cdiv(num_splits, CHUNK)):
+            o_part = i_chunk * CHUNK + o_chunk
+            m_some = m_g[:, None] & (o_part < num_splits)[None, :]
+            o_some = o_row[:, None] + o_part[None, :]
+            b_some = tl.load(p_lse + o_some, mask=m_some, other=float("-inf"), cache_modifier=".cg")
+            # A run without tiles has stored nothing but its sum, of zero.
+            m_part = (b_some > float("-inf"))[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
+            p_part = p_parts + o_some[:, :, None] * HEAD_DIM + o_d[None, None, :]
+            b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
+            b_out += tl.sum(tl.exp2(b_some - b_max[:, None])[:, :, None] * b_part, axis=1)
+        b_out /= tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+        o_feature = o_head[:, None] * HEAD_DIM + o_d[None, :]
         if HAS_ORDER:
-            o_feature = tl.load(p_inverse + o_feature, mask=m_d, other=0)
+            o_feature = tl.load(p_inverse + o_feature, mask=m_out, other=0)
         p_row = p_out + i_token * (NUM_HEADS * HEAD_DIM) + o_feature
-        tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_d)
+        tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit

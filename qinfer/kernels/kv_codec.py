@@ -32,6 +32,7 @@ from qinfer.kernels.checks import check_float, check_rows, check_shape
 
 MAX_RUN = 64
 MIN_RUN = 16  # the smallest product that tensor cores take
+NUM_PLANES = {"plain": 1, "e5m2": 2, "e4m3": 2, "q8": 2, "q6": 4, "q4": 4}  # features per 16-bit word, by scheme
 SMALLEST_SCALE = 1e-30  # below it a row counts as zero: the scale's reciprocal would not be finite
 E5M2_MAX = 57344.0
 E4M3_MAX = 1.75  # 448 / 256: a code's bits, taken for those of an fp16 number, stand for a 256th

@@ -1,20 +1,30 @@
 """Device functions of the KV codecs (`kv_codec.py`): rows in registers to pages, pages to tiles in registers.
 
-A scheme that packs two features into a byte ("q4", "q6") gives two tiles, of the even and of the odd features. That
-needs no movement between threads: a product over features takes any order of them, and sums over tokens stay apart.
+Attention reads codes as 16-bit words, each of P features: word w holds features P w to P w + P - 1, the first one
+lowest. Plane j of a tile of words is the tile of their features P w + j. It has the words' own layout, so decoding moves
+nothing between threads, and a row falls into P products that share the words: a product over features takes any order
+of them, and sums over tokens stay apart. P is 4 for codes of four and six bits (whose upper two bits are bytes of their
+own, one for each word) and 2 for bytes.
+
+On NVIDIA two words share a register and become two packed halves: a field moved under the exponent of 1024 is the
+mantissa's integer part, from which one addition takes 1024 and the middle of the codes. Elsewhere and in the
+interpreter integer arithmetic gives the same numbers.
 """
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
-from qinfer.kernels.kv_codec import E4M3_MAX, E5M2_MAX, SMALLEST_SCALE
+from qinfer.kernels.kv_codec import E4M3_MAX, E5M2_MAX, NUM_PLANES, SMALLEST_SCALE
 
 _GRIDS = tl.constexpr({"q8": (1, 128, 127), "q6": (4, 126, 126), "q4": (16, 120, 120)})
 _E5M2_MAX = tl.constexpr(E5M2_MAX)
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_NUM_PLANES = tl.constexpr(NUM_PLANES)
 _ROUND = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds an fp32 number to the nearest integer
 
 
@@ -31,9 +41,9 @@ def is_rotated(scheme):
 
 
 @triton.constexpr_function
-def is_packed(scheme):
-    """Say whether a byte holds two features."""
-    return scheme in ("q6", "q4")
+def num_planes(scheme):
+    """Return P, how many features a word holds."""
+    return _NUM_PLANES.value[scheme]
 
 
 @triton.constexpr_function
@@ -135,50 +145,83 @@ def store_rows(
                 tl.store(p_row + HEAD_DIM // 2 + o_quarter, (b_first | b_second << 4).to(tl.uint8), mask=m_quarter)
 
 
-@triton.jit
-def _centred(b_byte, ZERO: tl.constexpr):
-    """Return byte - ZERO in fp16: under the exponent of 1024, a byte is the mantissa's integer part."""
-    return ((b_byte.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)) - (1024 + ZERO)
+def _moved(source: str, amount: int) -> str:
+    """Write the assembly that moves words left by an amount, or right by a negative one; masks take the spill away."""
+    shift = "shl.b32" if amount > 0 else "shr.u32"
+    return f"{shift} t, {source}, {abs(amount)};" if amount else f"mov.b32 t, {source};"
+
+
+def _centring(value: int) -> str:
+    """Write the assembly that takes a number from both halves of a word."""
+    code = struct.unpack("<H", struct.pack("<e", -value))[0]
+    return f"mov.b32 c, 0x{code:04x}{code:04x}; add.rn.f16x2 $0, t, c;"
+
+
+def _assembly(scheme: str, index: int) -> str:
+    """Write the assembly that turns a pair of words ($1; their upper bits $2) into the numbers of one plane."""
+    under = "lop3.b32 t, t, 0x{0}{0}, 0x64006400, 0xea;"
+    if scheme == "q4":
+        body = [_moved("$1", 4 - 4 * index), under.format("00f0"), _centring(1024 + 120)]
+    elif scheme == "q6":
+        body = [_moved("$1", 2 - 4 * index), under.format("003c"), "mov.b32 c, t;", _moved("$2", 6 - 2 * index)]
+        body += ["lop3.b32 t, t, 0x00c000c0, c, 0xea;", _centring(1024 + 126)]
+    elif scheme == "q8":
+        body = [_moved("$1", -8 * index), under.format("00ff"), _centring(1024 + 128)]
+    else:
+        body = ["and.b32 t, $1, 0xff00ff00;" if index else "prmt.b32 t, $1, 0, 0x2404;"]
+        if scheme == "e4m3":
+            body += ["shr.u32 c, t, 1;", "and.b32 c, c, 0x3f803f80;", "lop3.b32 t, t, 0x80008000, c, 0xea;"]
+        body.append("mov.b32 $0, t;")
+    return " ".join(["{", ".reg .b32 t, c;", *body, "}"])
+
+
+# A tl.constexpr: Triton makes the value of such a global, and of no other, part of the key under which it caches.
+_ASSEMBLY = tl.constexpr(
+    {(scheme, index): _assembly(scheme, index) for scheme, n in NUM_PLANES.items() if n > 1 for index in range(n)}
+)
+
+
+@triton.constexpr_function
+def _plane_asm(scheme, index):
+    return _ASSEMBLY.value[scheme, index]
 
 
 @triton.jit
-def load_rows(p_row, m_row, DTYPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr):
-    """Load coded rows and return them without their scales.
+def plane(b_words, b_upper, INDEX: tl.constexpr, DTYPE: tl.constexpr, SCHEME: tl.constexpr, PTX: tl.constexpr):
+    """Return one plane of a tile of words, without the scales, in fp16 or fp32.
 
     Args:
-        p_row: [N] where each row of codes begins.
-        m_row: [N] rows that are loaded; others give finite numbers without meaning.
-        DTYPE: fp16 or fp32, of the result.
-        HEAD_DIM: features of a row.
-        BLOCK_D: features of the result, a power of two.
+        b_words: int16.
+        b_upper: int16 of the same shape, the upper bits of "q6"; other schemes do not look at it.
+        INDEX: which plane.
+        DTYPE: of the result, exact in either.
         SCHEME: of the codec, not "plain".
-
-    Returns:
-        [N, BLOCK_D], twice; or for packed schemes [N, BLOCK_D / 2] of the even and of the odd features.
+        PTX: whether the target takes NVIDIA assembly.
     """
-    if is_packed(SCHEME):
-        o_half = tl.arange(0, BLOCK_D // 2)[None, :]
-        m_half = m_row[:, None] & (o_half < HEAD_DIM // 2)
-        b_low = tl.load(p_row[:, None] + o_half, mask=m_half, other=0)
-        if SCHEME == "q4":
-            b_even = _centred(b_low << 4, 120)
-            b_odd = _centred(b_low & 0xF0, 120)
-        else:
-            # Each byte of the high plane serves two of the low plane, and is loaded twice: joining its halves in
-            # registers gives wrong operands of a product with 16 keys on Hopper (Triton 3.6).
-            b_high = tl.load(p_row[:, None] + HEAD_DIM // 2 + o_half // 2, mask=m_half, other=0)
-            b_high = b_high >> (o_half % 2 * 4).to(tl.uint8)
-            b_even = _centred((b_low & 15) << 2 | (b_high & 3) << 6, 126)
-            b_odd = _centred((b_low >> 4) << 2 | (b_high >> 2 & 3) << 6, 126)
+    if PTX:
+        b_plane = tl.inline_asm_elementwise(
+            _plane_asm(SCHEME, INDEX), "=r,r,r", [b_words, b_upper], dtype=tl.float16, is_pure=True, pack=2
+        )
+    elif SCHEME == "e5m2" or SCHEME == "e4m3":
+        b_high = b_words & -256 if INDEX else b_words << 8
+        if SCHEME == "e4m3":
+            b_high = (b_high & -32768) | (b_high >> 1 & 0x3F80)
+        b_plane = b_high.to(tl.float16, bitcast=True)
     else:
-        o_d = tl.arange(0, BLOCK_D)[None, :]
-        b_byte = tl.load(p_row[:, None] + o_d, mask=m_row[:, None] & (o_d < HEAD_DIM), other=0)
-        if SCHEME == "q8":
-            b_even = _centred(b_byte, 128)
-        elif SCHEME == "e5m2":
-            b_even = (b_byte.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
-        else:
-            b_wide = b_byte.to(tl.uint16)
-            b_even = ((b_wide & 0x80) << 8 | (b_wide & 0x7F) << 7).to(tl.float16, bitcast=True)
-        b_odd = b_even
-    return b_even.to(DTYPE), b_odd.to(DTYPE)
+        PLANES: tl.constexpr = num_planes(SCHEME)
+        b_code = b_words.to(tl.int32) >> (16 // PLANES * INDEX) & ((1 << 16 // PLANES) - 1)
+        if SCHEME == "q6":
+            b_code |= (b_upper.to(tl.int32) >> (2 * INDEX) & 3) << 4
+        b_plane = (b_code * grid_of(SCHEME, 0) - grid_of(SCHEME, 1)).to(tl.float16)
+    return b_plane.to(DTYPE)
+
+
+@triton.jit
+def load_scales(p_scales, o_scale, m_scale):
+    """Load scales in fp32, zero where masked; o_scale begins at an even number and ascends by one.
+
+    As 32-bit words of two, because Triton's pipeline fetches nothing narrower ahead of its use.
+    """
+    p_pairs = p_scales.to(tl.pointer_type(tl.int32), bitcast=True) + (o_scale >> 1)
+    b_pair = tl.load(p_pairs, mask=m_scale, other=0)
+    return tl.where(o_scale & 1 != 0, b_pair & -65536, b_pair << 16).to(tl.float32, bitcast=True)
