@@ -31,11 +31,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.attention_products import add_values, joined, no_sums, prepared, scores
+from qinfer.kernels.attention_products import (
+    add_values,
+    along_keys,
+    along_queries,
+    joined,
+    no_sums,
+    prepared,
+    scores,
+    turned,
+)
 from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, reduce_if_last
-from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles
+from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
-from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, op
+from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
 from qinfer.kernels.kv_tile import has_scales, is_rotated, load_scales, num_planes, rotate
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
@@ -43,10 +52,8 @@ from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 INVARIANT_ROWS = 32
-# Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
-# found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
-REGISTERS = {"maxnreg": 255}
-SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
+CROWD = 3  # programs of decode that fit a multiprocessor with three stages of plain pages
+MIN_SHARE = 16  # programs for each tile that a run must have: few sequences are cut finely, many are not
 LOG2_E = 1.4426950408889634
 
 
@@ -114,9 +121,22 @@ def _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q: tl.conste
     return i_seq, i_block - (tl.load(p_starts + i_seq) // BLOCK_Q + i_seq)
 
 
+@triton.jit
+def _store_rows(
+    p_out, p_inverse, b_out, o_token, o_head, o_d, m_out,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Store finished rows, [BLOCK_M, BLOCK_D], each feature where it goes."""
+    o_feature = o_head[:, None] * HEAD_DIM + o_d[None, :]
+    if HAS_ORDER:
+        o_feature = tl.load(p_inverse + o_feature, mask=m_out, other=0)
+    p_results = p_out + o_token[:, None] * (NUM_HEADS * HEAD_DIM) + o_feature
+    tl.store(p_results, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
 # The fields of a batch are views into one buffer, at any alignment, and its sizes change from step to step.
 @triton.jit(
-    do_not_specialize=["s_table", "num_seqs", "search_steps"],
+    do_not_specialize=["s_table", "num_seqs", "search_steps", "min_tiles"],
     do_not_specialize_on_alignment=["p_table", "p_starts", "p_lens"],
 )
 def _paged_attention_kernel(
@@ -126,7 +146,7 @@ def _paged_attention_kernel(
     p_lse,  # [T, H, runs] fp32
     scale,  # softmax scale times log2(e)
     s_q_token, s_q_head, s_k_page, s_k_head, s_k_row, s_k_scale_page, s_v_page, s_v_head, s_v_row, s_v_scale_page,
-    s_table, num_seqs, search_steps,
+    s_table, num_seqs, search_steps, min_tiles,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     K_SCHEME: tl.constexpr, V_SCHEME: tl.constexpr, RUN: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
@@ -134,7 +154,7 @@ def _paged_attention_kernel(
     IS_SPLIT: tl.constexpr,
     HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,  # the last program of a block to arrive adds up its runs
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # every sequence fits one query block
+    ONE_BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr,  # every sequence fits one query block; see the products
     PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -164,8 +184,12 @@ def _paged_attention_kernel(
     b_stop = tl.where(i_local * BLOCK_Q < b_query_len, tl.maximum(b_stop, 0), 0)
     b_tile = tl.maximum(b_first - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else b_stop * 0
     b_num_tiles = tl.maximum((b_stop + BLOCK_N - 1) // BLOCK_N - b_tile, 0)
-    b_tile_stop = b_tile + b_num_tiles * (i_split + 1) // num_splits
-    b_tile_start = b_tile + b_num_tiles * i_split // num_splits
+    b_runs = num_splits
+    if HAS_LOCKS:
+        # Short contexts leave programs without work, which costs less than sharing a few tiles out.
+        b_runs = tl.maximum(tl.minimum(tl.cdiv(b_num_tiles, min_tiles), num_splits), 1)
+    b_tile_stop = b_tile + b_num_tiles * tl.minimum(i_split + 1, b_runs) // b_runs
+    b_tile_start = b_tile + b_num_tiles * tl.minimum(i_split, b_runs) // b_runs
     p_table += i_seq.to(tl.int64) * s_table
     # The page of a tile is loaded one round early: as a load within its own round, Triton would give it pipeline stages
     # of its own and leave K and V a single buffer.
@@ -173,15 +197,18 @@ def _paged_attention_kernel(
 
     # Where the tokens stand is written before the first kernel of a step, which overlaps with nothing in front of it.
     wait_for_inputs(OVERLAP)
-    p_rows = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
-    b_x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_out, other=0.0)
+    p_queries = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
+    b_x = tl.load(p_queries[:, None] + o_d[None, :], mask=m_out, other=0.0)
     b_q, b_factor = prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # With few rows, sums over keys meet behind the loop: a tile then has one reduction across warps, not two.
-    LATE_SUM: tl.constexpr = BLOCK_M == 16
-    b_sum = tl.zeros([BLOCK_M, BLOCK_N] if LATE_SUM else [BLOCK_M], tl.float32)
-    b_acc = no_sums(BLOCK_M, BLOCK_D, num_planes(V_SCHEME))
+    LATE_SUM: tl.constexpr = BLOCK_M <= 16
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M) if KEYS_FIRST else (BLOCK_M, BLOCK_N)
+    b_sum = tl.zeros(TILE if LATE_SUM else [BLOCK_M], tl.float32)
+    b_acc = no_sums(BLOCK_M, BLOCK_D, num_planes(V_SCHEME), KEYS_FIRST)
+    b_q = turned(b_q, num_planes(K_SCHEME), KEYS_FIRST)
+    KEY_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
     p_k += i_head.to(tl.int64) * s_k_head
     p_v += i_head.to(tl.int64) * s_v_head
     for i_tile in range(b_tile_start, b_tile_stop):
@@ -194,39 +221,42 @@ def _paged_attention_kernel(
         m_key = o_key < b_stop
         b_scores = scores(
             b_q, b_factor, p_k + i_page * s_k_page, p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
-            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP, PTX,
+            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP, PTX, KEYS_FIRST,
         )  # fmt: skip
-        m_seen = o_key[None, :] <= b_own[:, None]
-        if WINDOW > 0:
-            m_seen = m_seen & (o_key[None, :] > b_own[:, None] - WINDOW)
-        b_scores = tl.where(m_seen, b_scores, float("-inf"))
+        # Every query of a block sees all keys of the tiles in front of its first one.
+        if KEYS_FIRST or WINDOW > 0 or b_key + BLOCK_N > b_first + 1:
+            m_seen = along_keys(o_key, KEYS_FIRST) <= along_queries(b_own, KEYS_FIRST)
+            if WINDOW > 0:
+                m_seen = m_seen & (along_keys(o_key, KEYS_FIRST) > along_queries(b_own - WINDOW, KEYS_FIRST))
+            b_scores = tl.where(m_seen, b_scores, float("-inf"))
         b_bound = b_scores
         if has_scales(V_SCHEME):
             b_scale = load_scales(p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE + o_row, m_key)
             # The exponent of the power of two above the scale, -126 for zero.
-            b_bound += ((b_scale.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)[None, :]
-        b_new_max = tl.maximum(b_max, tl.max(b_bound, axis=1))
+            b_exponent = ((b_scale.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
+            b_bound += along_keys(b_exponent, KEYS_FIRST)
+        b_new_max = tl.maximum(b_max, tl.max(b_bound, axis=KEY_AXIS))
         # A row that has seen nothing yet would compute -inf - -inf.
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_scores - b_shift[:, None])
+        b_p = tl.exp2(b_scores - along_queries(b_shift, KEYS_FIRST))
         b_decay = tl.exp2(b_max - b_shift)
         if LATE_SUM:
-            b_sum = b_sum * b_decay[:, None] + b_p
+            b_sum = b_sum * along_queries(b_decay, KEYS_FIRST) + b_p
         else:
-            b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+            b_sum = b_sum * b_decay + tl.sum(b_p, axis=KEY_AXIS)
         if has_scales(V_SCHEME):
-            b_p *= b_scale[None, :]
+            b_p *= along_keys(b_scale, KEYS_FIRST)
         b_acc = add_values(
             b_acc, b_decay, b_p, p_v + i_page * s_v_page, o_row, m_key, s_v_row, DTYPE,
-            HEAD_DIM, BLOCK_D, V_SCHEME, PTX,
+            HEAD_DIM, BLOCK_D, V_SCHEME, PTX, KEYS_FIRST,
         )  # fmt: skip
         b_max = b_new_max
         b_page = b_next
     let_next_start(OVERLAP)
 
     if LATE_SUM:
-        b_sum = tl.sum(b_sum, axis=1)
-    b_out = joined(b_acc, num_planes(V_SCHEME))
+        b_sum = tl.sum(b_sum, axis=KEY_AXIS)
+    b_out = joined(turned(b_acc, num_planes(V_SCHEME), KEYS_FIRST), num_planes(V_SCHEME))
     if is_rotated(V_SCHEME):
         # The scales are in the sums: divided by the largest number, a row fits fp16 for the rotation.
         b_largest = tl.max(tl.abs(b_out), axis=1)[:, None]
@@ -234,24 +264,24 @@ def _paged_attention_kernel(
         b_out = rotate((b_out / b_largest).to(DTYPE), RUN) * b_largest
     b_out = b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
     if IS_SPLIT:
-        o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
-        # A run without tiles stores nothing but its sum, of zero.
-        m_part = m_out & (b_tile_start < b_tile_stop)
-        tl.store(p_parts + o_part[:, None] * HEAD_DIM + o_d[None, :], b_out, mask=m_part)
-        tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
-        if HAS_LOCKS:
-            b_num_rows = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q) * GROUP
-            reduce_if_last(
-                p_locks + i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse,
-                b_start + i_local * BLOCK_Q, b_num_rows, i_head, num_splits,
-                GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
-            )  # fmt: skip
+        if b_runs > 1:
+            if i_split < b_runs:
+                o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
+                # A run without tiles stores nothing but its sum, of zero.
+                m_part = m_out & (b_tile_start < b_tile_stop)
+                tl.store(p_parts + o_part[:, None] * HEAD_DIM + o_d[None, :], b_out, mask=m_part)
+                tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
+                if HAS_LOCKS:
+                    b_num_rows = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q) * GROUP
+                    reduce_if_last(
+                        p_locks + i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse,
+                        b_start + i_local * BLOCK_Q, b_num_rows, i_head, b_runs, num_splits,
+                        GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
+                    )  # fmt: skip
+        elif i_split == 0:
+            _store_rows(p_out, p_inverse, b_out, o_token, o_head, o_d, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
     else:
-        o_feature = o_head[:, None] * HEAD_DIM + o_d[None, :]
-        if HAS_ORDER:
-            o_feature = tl.load(p_inverse + o_feature, mask=m_out, other=0)
-        p_rows = p_out + o_token[:, None] * (NUM_HEADS * HEAD_DIM) + o_feature
-        tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_out)
+        _store_rows(p_out, p_inverse, b_out, o_token, o_head, o_d, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
 
 
 def _words(pages: KVPages) -> Tensor:
@@ -268,12 +298,6 @@ def _element_size(q: Tensor, k_pages: KVPages, v_pages: KVPages) -> int:
     """Return the bytes of the widest number that a product takes."""
     both = (k_pages, v_pages)
     return max((pages.codes if pages.codec.scheme == "plain" else q).element_size() for pages in both)
-
-
-def _registers(q: Tensor, *, is_coded: bool) -> dict[str, int]:
-    """Return the option of a launch that sets the limit of registers, if it needs one."""
-    name = arch(q.device)
-    return REGISTERS if name in SAVES_ALWAYS or (is_coded and name in SAVES_FOR_CODES) else {}
 
 
 def _check_paged_attention(
@@ -382,40 +406,43 @@ def paged_attention(
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
-    is_coded = not k_pages.codec.scheme == v_pages.codec.scheme == "plain"
-    itemsize = _element_size(q, k_pages, v_pages)
+    schemes = (k_pages.codec.scheme, v_pages.codec.scheme)
     # A few queries' tile: one that decode does not waste and that prompts can live with.
     tile_queries = max(1, INVARIANT_ROWS // group) if invariant else max_query_len
-    tiles = choose_tiles(tile_queries, group, head_dim, page_size, itemsize, is_coded=is_coded)
+    is_crowded = num_seqs * num_kv_heads > CROWD * num_sms(q.device) and not invariant
+    itemsize = _element_size(q, k_pages, v_pages)
+    tiles = choose_tiles(tile_queries, group, head_dim, page_size, itemsize, schemes, is_crowded=is_crowded)
     block_q = tiles.block_m // group
     one_block = max_query_len <= block_q
     num_blocks = num_seqs if one_block else num_tokens // block_q + num_seqs
+    num_programs, min_tiles = num_blocks * num_kv_heads, 1
+    has_locks = tiles.block_m <= 16 and num_programs <= MAX_LOCKS and not is_amd_target(q)
     if invariant:
         splits = 1
     if splits is None:
         num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
-        splits = choose_splits(num_blocks * num_kv_heads, num_keys // tiles.block_n, q.device)
-    has_locks = tiles.block_m == 16 and num_blocks * num_kv_heads <= MAX_LOCKS and not is_amd_target(q)
+        splits = choose_splits(num_programs, num_keys // tiles.block_n, q.device, is_small=has_locks)
+        min_tiles = max(1, num_programs // MIN_SHARE)
     parts = lse = locks = None
     if splits > 1:
         parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
         locks = locks_of(q.device) if has_locks else None
     k_words, v_words = _words(k_pages), _words(v_pages)
-    num_planes_most = max(NUM_PLANES[pages.codec.scheme] for pages in (k_pages, v_pages))
+    block_d = max(16 * max(NUM_PLANES[scheme] for scheme in schemes), triton.next_power_of_2(head_dim))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
         q, k_words, k_pages.scales, v_words, v_pages.scales, page_table, query_starts, context_lens,
         None if order is None else inverse(order), locks, out, parts, lse, scale * LOG2_E,
         *q.stride()[:2], *_strides(k_words, k_pages.scales), *_strides(v_words, v_pages.scales), page_table.stride(0),
-        num_seqs, (num_seqs - 1).bit_length(),
+        num_seqs, (num_seqs - 1).bit_length(), min_tiles,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim), WINDOW=window or 0,
         SOFTCAP=0.0 if softcap is None else softcap * LOG2_E,
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=max(16 * num_planes_most, triton.next_power_of_2(head_dim)),
-        BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
+        BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
         PTX=is_ptx_target(q), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        **_registers(q, is_coded=is_coded), **overlap(q),
+        **registers(arch(q.device), tiles, schemes), **overlap(q),
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:
         add_runs(parts, lse, order, out)

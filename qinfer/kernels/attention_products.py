@@ -1,9 +1,12 @@
 """The two products of the attention kernel, for pages in any codec: queries by keys, and probabilities by values.
 
-Coded rows are decoded in registers, a tile at a time and a plane after the other (`kv_tile.py`): codes become exact fp16
-integers, and the scale of a key multiplies its scores. The scale of a value multiplies its probability. So that the
-product of both fits fp16, the softmax shifts by the largest sum of a score and the exponent of its value's scale; sums
-then are what they are, whatever the scales. Scores are in units of log 2, as the softmax takes them.
+Coded rows are decoded in registers, a tile at a time and a plane after the other (`kv_tile.py`): codes become exact
+fp16 integers, and the scale of a key multiplies its scores. The scale of a value multiplies its probability. So that
+the product of both fits fp16, the softmax shifts by the largest sum of a score and the exponent of its value's scale;
+sums then are what they are, whatever the scales. Scores are in units of log 2, as the softmax takes them.
+
+Tensor cores take 16 rows of their first operand, and 8 columns of their second: where queries are few, KEYS_FIRST swaps
+the two, so that scores are [keys, queries], and sums over values [features, queries].
 """
 
 from __future__ import annotations
@@ -11,12 +14,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qinfer.kernels.kv_tile import has_scales, is_rotated, join_pairs, load_scales, num_planes, plane, rotate, split_pairs
+from qinfer.kernels.kv_tile import (
+    has_scales,
+    is_rotated,
+    join_pairs,
+    load_scales,
+    num_planes,
+    plane,
+    rotate,
+    split_pairs,
+)
+
+
+@triton.jit
+def along_keys(b_x, KEYS_FIRST: tl.constexpr):
+    """Give a vector over keys the shape that meets scores."""
+    return b_x[:, None] if KEYS_FIRST else b_x[None, :]
+
+
+@triton.jit
+def along_queries(b_x, KEYS_FIRST: tl.constexpr):
+    """Give a vector over queries the shape that meets scores, and sums over values."""
+    return b_x[None, :] if KEYS_FIRST else b_x[:, None]
 
 
 @triton.jit
 def planes_of(b_x, PLANES: tl.constexpr):
-    """Split columns [M, D] into planes, a tuple of [M, D / PLANES]: plane j has columns j, j + PLANES, …"""
+    """Split columns [M, D] into planes, a tuple of [M, D / PLANES]: plane j has columns j, j + PLANES and so on."""
     if PLANES == 1:
         return (b_x,)
     else:
@@ -41,9 +65,10 @@ def joined(b_planes, PLANES: tl.constexpr):
 
 
 @triton.jit
-def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PLANES: tl.constexpr):
-    """Return a tuple of [BLOCK_M, BLOCK_D / PLANES] zeros, one for each plane."""
-    b_zero = tl.zeros([BLOCK_M, BLOCK_D // PLANES], tl.float32)
+def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PLANES: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Return zero sums over values, a tuple of one tile for each plane."""
+    WIDTH: tl.constexpr = BLOCK_D // PLANES
+    b_zero = tl.zeros([WIDTH, BLOCK_M] if KEYS_FIRST else [BLOCK_M, WIDTH], tl.float32)
     if PLANES == 1:
         return (b_zero,)
     elif PLANES == 2:
@@ -53,46 +78,76 @@ def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PLANES: tl.constexpr):
 
 
 @triton.jit
-def prepared(b_q, scale, PAGE_DTYPE: tl.constexpr, DTYPE: tl.constexpr, RUN: tl.constexpr, SCHEME: tl.constexpr):
-    """Return the planes of queries [M, D] as the product over keys takes them, and the factor of scores."""
-    if SCHEME == "plain":
-        return (b_q.to(PAGE_DTYPE),), scale
-    else:
-        b_x = rotate(b_q, RUN) if is_rotated(SCHEME) else b_q.to(tl.float32)
-        b_largest = tl.max(tl.abs(b_x), axis=1)[:, None]
-        b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
-        return planes_of((b_x / b_largest).to(DTYPE), num_planes(SCHEME)), b_largest * scale
+def _turned(b_x, KEYS_FIRST: tl.constexpr):
+    """Transpose one tile of queries or sums if keys come first."""
+    return tl.trans(b_x) if KEYS_FIRST else b_x
 
 
 @triton.jit
-def _load_upper(p_page, o_row, o_word, s_row, mask, HEAD_DIM: tl.constexpr):
-    """Load the bytes behind the words of a "q6" row, one for each word."""
-    p_bytes = p_page.to(tl.pointer_type(tl.uint8), bitcast=True) + HEAD_DIM // 2
-    return tl.load(p_bytes + o_row * (2 * s_row) + o_word, mask=mask, other=0).to(tl.int16)
+def turned(b_planes, PLANES: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Transpose every plane if keys come first."""
+    if PLANES == 1:
+        return (_turned(b_planes[0], KEYS_FIRST),)
+    elif PLANES == 2:
+        return (_turned(b_planes[0], KEYS_FIRST), _turned(b_planes[1], KEYS_FIRST))
+    else:
+        return (
+            _turned(b_planes[0], KEYS_FIRST),
+            _turned(b_planes[1], KEYS_FIRST),
+            _turned(b_planes[2], KEYS_FIRST),
+            _turned(b_planes[3], KEYS_FIRST),
+        )
+
+
+@triton.jit
+def prepared(b_q, scale, PAGE_DTYPE: tl.constexpr, DTYPE: tl.constexpr, RUN: tl.constexpr, SCHEME: tl.constexpr):
+    """Return the planes of queries [M, D] as the product over keys takes them, and the factor of each one's scores."""
+    if SCHEME == "plain":
+        return (b_q.to(PAGE_DTYPE),), tl.zeros([b_q.shape[0]], tl.float32) + scale
+    else:
+        b_x = rotate(b_q, RUN) if is_rotated(SCHEME) else b_q.to(tl.float32)
+        b_largest = tl.max(tl.abs(b_x), axis=1)
+        b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
+        return planes_of((b_x / b_largest[:, None]).to(DTYPE), num_planes(SCHEME)), b_largest * scale
+
+
+@triton.jit
+def _load_tile(
+    p_page, o_row, m_key, s_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of numbers or of words, rows by features or features by rows, and the upper bits of "q6"."""
+    PLANES: tl.constexpr = num_planes(SCHEME)
+    o_w = tl.arange(0, BLOCK_D // PLANES)
+    o_row = o_row[:, None] if ROWS_FIRST else o_row[None, :]
+    m_row = m_key[:, None] if ROWS_FIRST else m_key[None, :]
+    o_w = o_w[None, :] if ROWS_FIRST else o_w[:, None]
+    m_tile = m_row & (o_w < HEAD_DIM // PLANES)
+    b_words = tl.load(p_page + o_row * s_row + o_w, mask=m_tile, other=0)
+    b_upper = b_words
+    if SCHEME == "q6":
+        # Behind the words of a row there is a byte for each of them.
+        p_bytes = p_page.to(tl.pointer_type(tl.uint8), bitcast=True) + HEAD_DIM // 2
+        b_upper = tl.load(p_bytes + o_row * (2 * s_row) + o_w, mask=m_tile, other=0).to(tl.int16)
+    return b_words, b_upper
 
 
 @triton.jit
 def scores(
     b_q, b_factor, p_page, p_scale, o_scale, o_row, m_key, s_row, DTYPE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr, SOFTCAP: tl.constexpr, PTX: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Multiply queries by a tile of keys, and cap the scores if SOFTCAP is not 0: [M, N] fp32."""
+    """Multiply queries, turned if keys come first, by a tile of keys, and cap the scores if SOFTCAP is not 0: fp32."""
     PLANES: tl.constexpr = num_planes(SCHEME)
-    o_w = tl.arange(0, BLOCK_D // PLANES)[:, None]
-    m_k = m_key[None, :] & (o_w < HEAD_DIM // PLANES)
-    b_k = tl.load(p_page + o_row[None, :] * s_row + o_w, mask=m_k, other=0)
-    if SCHEME == "plain":
-        b_scores = tl.dot(b_q[0], b_k, input_precision="ieee")
-    else:
-        b_upper = b_k
-        if SCHEME == "q6":
-            b_upper = _load_upper(p_page, o_row[None, :], o_w, s_row, m_k, HEAD_DIM)
-        b_scores = tl.dot(b_q[0], plane(b_k, b_upper, 0, DTYPE, SCHEME, PTX), input_precision="ieee")
-        for j in tl.static_range(1, PLANES):
-            b_scores = tl.dot(b_q[j], plane(b_k, b_upper, j, DTYPE, SCHEME, PTX), b_scores, input_precision="ieee")
-        if has_scales(SCHEME):
-            b_scores *= load_scales(p_scale, o_scale + o_row, m_key)[None, :]
-    b_scores *= b_factor
+    b_words, b_upper = _load_tile(p_page, o_row, m_key, s_row, HEAD_DIM, BLOCK_D, SCHEME, KEYS_FIRST)
+    b_k = b_words if SCHEME == "plain" else plane(b_words, b_upper, 0, DTYPE, SCHEME, PTX)
+    b_scores = _product(b_q[0], b_k, None, KEYS_FIRST)
+    for j in tl.static_range(1, PLANES):
+        b_scores = _product(b_q[j], plane(b_words, b_upper, j, DTYPE, SCHEME, PTX), b_scores, KEYS_FIRST)
+    if has_scales(SCHEME):
+        b_scores *= along_keys(load_scales(p_scale, o_scale + o_row, m_key), KEYS_FIRST)
+    b_scores *= along_queries(b_factor, KEYS_FIRST)
     if SOFTCAP > 0:
         # tanh by exp2, which ends in 1 and -1 where it leaves the range; 2.885 is 2 log2(e).
         b_scores = SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(b_scores * (2.8853900817779268 / SOFTCAP))))
@@ -100,36 +155,32 @@ def scores(
 
 
 @triton.jit
-def add_values(
-    b_acc, b_decay, b_p, p_page, o_row, m_key, s_row, DTYPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Add a tile of values, weighted by b_p [M, N], to the decayed sums, a tuple of planes."""
-    PLANES: tl.constexpr = num_planes(SCHEME)
-    o_w = tl.arange(0, BLOCK_D // PLANES)[None, :]
-    m_v = m_key[:, None] & (o_w < HEAD_DIM // PLANES)
-    b_v = tl.load(p_page + o_row[:, None] * s_row + o_w, mask=m_v, other=0)
-    if SCHEME == "plain":
-        return (tl.dot(b_p.to(b_v.dtype), b_v, b_acc[0] * b_decay[:, None], input_precision="ieee"),)
+def _product(b_queries, b_rows, b_sum, KEYS_FIRST: tl.constexpr):
+    """Multiply what belongs to queries with what belongs to keys or values."""
+    if KEYS_FIRST:
+        return tl.dot(b_rows, b_queries, b_sum, input_precision="ieee")
     else:
-        b_upper = b_v
-        if SCHEME == "q6":
-            b_upper = _load_upper(p_page, o_row[:, None], o_w, s_row, m_v, HEAD_DIM)
-        b_p = b_p.to(DTYPE)
-        b_first = _add_plane(b_acc[0], b_decay, b_p, b_v, b_upper, 0, DTYPE, SCHEME, PTX)
-        b_second = _add_plane(b_acc[1], b_decay, b_p, b_v, b_upper, 1, DTYPE, SCHEME, PTX)
-        if PLANES == 2:
-            return (b_first, b_second)
-        else:
-            b_third = _add_plane(b_acc[2], b_decay, b_p, b_v, b_upper, 2, DTYPE, SCHEME, PTX)
-            b_fourth = _add_plane(b_acc[3], b_decay, b_p, b_v, b_upper, 3, DTYPE, SCHEME, PTX)
-            return (b_first, b_second, b_third, b_fourth)
+        return tl.dot(b_queries, b_rows, b_sum, input_precision="ieee")
 
 
 @triton.jit
-def _add_plane(
-    b_acc, b_decay, b_p, b_words, b_upper, INDEX: tl.constexpr, DTYPE: tl.constexpr, SCHEME: tl.constexpr,
-    PTX: tl.constexpr,
+def add_values(
+    b_acc, b_decay, b_p, p_page, o_row, m_key, s_row, DTYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr, PTX: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    b_v = plane(b_words, b_upper, INDEX, DTYPE, SCHEME, PTX)
-    return tl.dot(b_p, b_v, b_acc * b_decay[:, None], input_precision="ieee")
+    """Add a tile of values, weighted by b_p, to the decayed sums, a tuple of planes."""
+    PLANES: tl.constexpr = num_planes(SCHEME)
+    b_words, b_upper = _load_tile(p_page, o_row, m_key, s_row, HEAD_DIM, BLOCK_D, SCHEME, not KEYS_FIRST)
+    b_decay = along_queries(b_decay, KEYS_FIRST)
+    if SCHEME == "plain":
+        return (_product(b_p.to(b_words.dtype), b_words, b_acc[0] * b_decay, KEYS_FIRST),)
+    else:
+        b_p = b_p.to(DTYPE)
+        b_first = _product(b_p, plane(b_words, b_upper, 0, DTYPE, SCHEME, PTX), b_acc[0] * b_decay, KEYS_FIRST)
+        b_second = _product(b_p, plane(b_words, b_upper, 1, DTYPE, SCHEME, PTX), b_acc[1] * b_decay, KEYS_FIRST)
+        if PLANES == 2:
+            return (b_first, b_second)
+        else:
+            b_third = _product(b_p, plane(b_words, b_upper, 2, DTYPE, SCHEME, PTX), b_acc[2] * b_decay, KEYS_FIRST)
+            b_fourth = _product(b_p, plane(b_words, b_upper, 3, DTYPE, SCHEME, PTX), b_acc[3] * b_decay, KEYS_FIRST)
+            return (b_first, b_second, b_third, b_fourth)

@@ -27,7 +27,7 @@ BLOCK_F = 128  # features that one program of the second kernel adds up
 
 @triton.jit
 def _reduce_block(
-    p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, num_splits,
+    p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, b_runs, num_splits,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -41,16 +41,16 @@ def _reduce_block(
     for i_query in range(b_num_rows // GROUP):
         i_token = (i_first + i_query).to(tl.int64)
         o_row = (i_token * NUM_HEADS + o_head) * num_splits
-        m_lse = m_g[:, None] & (o_split < num_splits)[None, :]
+        m_lse = m_g[:, None] & (o_split < b_runs)[None, :]
         p_lses = p_lse + o_row[:, None] + o_split[None, :]
         b_lse = tl.load(p_lses, mask=m_lse, other=float("-inf"), cache_modifier=".cg")
         b_max = tl.max(b_lse, axis=1)
         b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_sum = tl.sum(tl.exp2(b_lse - b_max[:, None]), axis=1)
         b_out = tl.zeros([HEADS, BLOCK_D], tl.float32)
-        for i_chunk in range(tl.cdiv(num_splits, CHUNK)):
+        for i_chunk in range(tl.cdiv(b_runs, CHUNK)):
             o_part = i_chunk * CHUNK + o_chunk
-            m_some = m_g[:, None] & (o_part < num_splits)[None, :]
+            m_some = m_g[:, None] & (o_part < b_runs)[None, :]
             o_some = o_row[:, None] + o_part[None, :]
             b_some = tl.load(p_lse + o_some, mask=m_some, other=float("-inf"), cache_modifier=".cg")
             # A run without tiles has stored nothing but its sum, of zero.
@@ -68,7 +68,7 @@ def _reduce_block(
 
 @triton.jit
 def reduce_if_last(
-    p_lock, p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, num_splits,
+    p_lock, p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, b_runs, num_splits,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,8 @@ def reduce_if_last(
         i_first: first token of the block.
         b_num_rows: rows of the block, GROUP query heads for each of its tokens.
         i_head: KV head of the block.
-        num_splits: runs.
+        b_runs: runs of this block, at most num_splits.
+        num_splits: runs that parts have room for.
         GROUP: query heads per KV head.
         NUM_HEADS: H.
         HEAD_DIM: D.
@@ -93,9 +94,9 @@ def reduce_if_last(
     """
     # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
     tl.debug_barrier()
-    if tl.atomic_add(p_lock, 1, sem="acq_rel") == num_splits - 1:
+    if tl.atomic_add(p_lock, 1, sem="acq_rel") == b_runs - 1:
         _reduce_block(
-            p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, num_splits,
+            p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, b_runs, num_splits,
             GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
         )  # fmt: skip
         tl.store(p_lock, 0)

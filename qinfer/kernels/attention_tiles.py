@@ -10,6 +10,12 @@ from qinfer.kernels.device import num_sms
 
 MAX_SPLITS = 32
 MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
+# Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
+# found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
+REGISTERS = {"maxnreg": 255}
+# Decode, and decode over codes of six bits: six or five programs of two warps per multiprocessor.
+LEAN = {"sm_90": ({"maxnreg": 168}, {"maxnreg": 200})}
+SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
 
 
 class Tiles(NamedTuple):
@@ -19,10 +25,18 @@ class Tiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    keys_first: bool = False  # scores are [keys, queries]
 
 
 def choose_tiles(
-    max_query_len: int, group: int, head_dim: int, page_size: int, itemsize: int, *, is_coded: bool
+    max_query_len: int,
+    group: int,
+    head_dim: int,
+    page_size: int,
+    itemsize: int,
+    schemes: tuple[str, str],
+    *,
+    is_crowded: bool = False,
 ) -> Tiles:
     """Choose tiles that fit 99 KiB of shared memory and 255 registers on every NVIDIA target, 64 KiB on AMD.
 
@@ -32,27 +46,46 @@ def choose_tiles(
         head_dim: D.
         page_size: Tokens per page, a multiple of 16.
         itemsize: Bytes per number that the products take.
-        is_coded: Pages are decoded in registers, which leaves fewer of them to tiles.
+        schemes: How keys and values are coded; codes are decoded in registers, which leaves fewer of them to tiles.
+        is_crowded: There are more programs than a multiprocessor holds with deep pipelines.
     """
-    rows = max_query_len * group
+    rows, is_coded, is_hip = max_query_len * group, schemes != ("plain", "plain"), torch.version.hip is not None
     if itemsize == 4:  # exact fp32 products run on the plain ALUs and keep their operands in registers
         tiles = Tiles(16 if group <= 16 else 64, 16, 4 if head_dim <= 64 and group <= 16 else 8, 1)
-    elif rows <= 16:
+    elif rows <= 16 and is_hip:
         tiles = Tiles(16, 64 if head_dim <= 128 else 32, 4, 3)
+    elif rows <= 16:
+        # Two warps decode each code once. The bytes of six-bit codes take room for a stage.
+        is_deep = not is_crowded if not is_coded else "q6" not in schemes
+        tiles = Tiles(8 if rows <= 8 else 16, 64 if head_dim <= 128 else 32, 2, 3 if is_deep else 2, keys_first=True)
+        if not is_coded and head_dim <= 128:
+            tiles = tiles._replace(num_warps=4)
     elif head_dim > 128:
         tiles = Tiles(64, 16, 8, 3)
     elif rows <= 64 and group <= 32:
         tiles = Tiles(32, 64, 4, 3)
-    else:
+    elif is_hip or head_dim <= 64:
         tiles = Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
+    else:
+        tiles = Tiles(64, 64, 4, 3)
     if is_coded and rows > 16:
-        tiles = tiles._replace(block_n=min(tiles.block_n, 32), num_stages=min(tiles.num_stages, 2))
+        most = 64 if tiles.block_m == 64 and head_dim <= 128 else 32
+        tiles = tiles._replace(block_n=min(tiles.block_n, most), num_stages=min(tiles.num_stages, 2))
     # Every stage but the one in registers is a buffer of keys and one of values; there is less room for them on AMD.
     # The largest power of two that divides the page size bounds a tile that lies in one page.
-    num_stages = min(tiles.num_stages, 2) if torch.version.hip is not None else tiles.num_stages
+    num_stages = min(tiles.num_stages, 2) if is_hip else tiles.num_stages
     return tiles._replace(block_n=min(tiles.block_n, page_size & -page_size), num_stages=num_stages)
 
 
-def choose_splits(num_programs: int, num_tiles: int, device: torch.device) -> int:
-    """Return how many runs give two programs per multiprocessor, at most one per tile of keys."""
-    return max(1, min(2 * num_sms(device) // num_programs, num_tiles, MAX_SPLITS))
+def choose_splits(num_programs: int, num_tiles: int, device: torch.device, *, is_small: bool) -> int:
+    """Return how many runs give two programs per multiprocessor, or six small ones, at most one per tile of keys."""
+    wanted = 6 if is_small else 2
+    return max(1, min(wanted * num_sms(device) // num_programs, num_tiles, MAX_SPLITS))
+
+
+def registers(arch: str, tiles: Tiles, schemes: tuple[str, str]) -> dict[str, int]:
+    """Return the option of a launch that sets the limit of registers, if it needs one."""
+    is_coded = schemes != ("plain", "plain")
+    if tiles.keys_first and arch in LEAN:
+        return LEAN[arch]["q6" in schemes]
+    return REGISTERS if arch in SAVES_ALWAYS or (is_coded and arch in SAVES_FOR_CODES) else {}

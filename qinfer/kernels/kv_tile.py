@@ -1,10 +1,10 @@
 """Device functions of the KV codecs (`kv_codec.py`): rows in registers to pages, pages to tiles in registers.
 
 Attention reads codes as 16-bit words, each of P features: word w holds features P w to P w + P - 1, the first one
-lowest. Plane j of a tile of words is the tile of their features P w + j. It has the words' own layout, so decoding moves
-nothing between threads, and a row falls into P products that share the words: a product over features takes any order
-of them, and sums over tokens stay apart. P is 4 for codes of four and six bits (whose upper two bits are bytes of their
-own, one for each word) and 2 for bytes.
+lowest. Plane j of a tile of words is the tile of their features P w + j. It has the words' own layout, so decoding
+moves nothing between threads, and a row falls into P products that share the words: a product over features takes any
+order of them, and sums over tokens stay apart. P is 4 for codes of four and six bits (whose upper two bits are bytes
+of their own, one for each word) and 2 for bytes.
 
 On NVIDIA two words share a register and become two packed halves: a field moved under the exponent of 1024 is the
 mantissa's integer part, from which one addition takes 1024 and the middle of the codes. Elsewhere and in the

@@ -286,20 +286,22 @@ def test_splits_do_not_change_the_result(seed, context_lens, data, device):
     head_dim=st.integers(1, 256),
     page_size=st.integers(1, 32).map(lambda n: 16 * n),
     itemsize=st.sampled_from([2, 4]),
-    is_coded=st.booleans(),
+    schemes=st.sampled_from([("plain", "plain"), ("q8", "q4"), ("q6", "q6")]),
+    is_crowded=st.booleans(),
 )
-def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize, is_coded):
-    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, is_coded=is_coded)
-    assert tiles.block_m >= max(16, group)
+def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize, schemes, is_crowded):
+    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, schemes, is_crowded=is_crowded)
+    assert tiles.block_m >= max(8 if tiles.keys_first else 16, group)
     assert tiles.block_n >= 16
     assert page_size % tiles.block_n == 0
 
 
 def test_splits_fill_the_device_and_no_more(device):
-    assert choose_splits(1, 1000, device) <= MAX_SPLITS
-    assert choose_splits(1, 3, device) == 3
-    assert choose_splits(10_000, 1000, device) == 1
-    assert choose_splits(1, 0, device) == 1
+    for is_small in (False, True):
+        assert choose_splits(1, 1000, device, is_small=is_small) <= MAX_SPLITS
+        assert choose_splits(1, 3, device, is_small=is_small) == 3
+        assert choose_splits(10_000, 1000, device, is_small=is_small) == 1
+        assert choose_splits(1, 0, device, is_small=is_small) == 1
 
 
 @pytest.mark.parametrize(
