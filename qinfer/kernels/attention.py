@@ -411,7 +411,8 @@ def paged_attention(
     tile_queries = max(1, INVARIANT_ROWS // group) if invariant else max_query_len
     is_crowded = num_seqs * num_kv_heads > CROWD * num_sms(q.device) and not invariant
     itemsize = _element_size(q, k_pages, v_pages)
-    tiles = choose_tiles(tile_queries, group, head_dim, page_size, itemsize, schemes, is_crowded=is_crowded)
+    name = arch(q.device)
+    tiles = choose_tiles(tile_queries, group, head_dim, page_size, itemsize, schemes, name, is_crowded=is_crowded)
     block_q = tiles.block_m // group
     one_block = max_query_len <= block_q
     num_blocks = num_seqs if one_block else num_tokens // block_q + num_seqs
@@ -421,7 +422,7 @@ def paged_attention(
         splits = 1
     if splits is None:
         num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
-        splits = choose_splits(num_programs, num_keys // tiles.block_n, q.device, is_small=has_locks)
+        splits = choose_splits(num_programs, num_keys // tiles.block_n, tiles.residents, q.device)
         min_tiles = max(1, num_programs // MIN_SHARE)
     parts = lse = locks = None
     if splits > 1:
@@ -442,7 +443,7 @@ def paged_attention(
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
         BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
         PTX=is_ptx_target(q), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        **registers(arch(q.device), tiles, schemes), **overlap(q),
+        **registers(name, tiles, schemes, has_order=order is not None), **overlap(q),
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:
         add_runs(parts, lse, order, out)

@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     keys_first: bool = False  # scores are [keys, queries]
+    residents: int = 2  # programs that a multiprocessor holds at a time
 
 
 def choose_tiles(
@@ -35,10 +36,13 @@ def choose_tiles(
     page_size: int,
     itemsize: int,
     schemes: tuple[str, str],
+    arch: str,
     *,
     is_crowded: bool = False,
 ) -> Tiles:
     """Choose tiles that fit 99 KiB of shared memory and 255 registers on every NVIDIA target, 64 KiB on AMD.
+
+    Hopper's are measured (benchmarks/LOG.md), and may take more.
 
     Args:
         max_query_len: Longest query of the step, in tokens.
@@ -47,6 +51,7 @@ def choose_tiles(
         page_size: Tokens per page, a multiple of 16.
         itemsize: Bytes per number that the products take.
         schemes: How keys and values are coded; codes are decoded in registers, which leaves fewer of them to tiles.
+        arch: Of the device.
         is_crowded: There are more programs than a multiprocessor holds with deep pipelines.
     """
     rows, is_coded, is_hip = max_query_len * group, schemes != ("plain", "plain"), torch.version.hip is not None
@@ -57,17 +62,19 @@ def choose_tiles(
     elif rows <= 16:
         # Two warps decode each code once. The bytes of six-bit codes take room for a stage.
         is_deep = not is_crowded if not is_coded else "q6" not in schemes
-        tiles = Tiles(8 if rows <= 8 else 16, 64 if head_dim <= 128 else 32, 2, 3 if is_deep else 2, keys_first=True)
-        if not is_coded and head_dim <= 128:
-            tiles = tiles._replace(num_warps=4)
+        num_warps, residents = (2, 6 if schemes == ("q4", "q4") else 4) if is_coded or head_dim > 128 else (4, 3)
+        block_m, block_n = 8 if rows <= 8 else 16, 64 if head_dim <= 128 else 32
+        tiles = Tiles(block_m, block_n, num_warps, 3 if is_deep else 2, keys_first=True, residents=residents)
     elif head_dim > 128:
         tiles = Tiles(64, 16, 8, 3)
     elif rows <= 64 and group <= 32:
         tiles = Tiles(32, 64, 4, 3)
     elif is_hip or head_dim <= 64:
         tiles = Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
+    elif arch == "sm_90" and not is_coded:
+        tiles = Tiles(128, 128, 8, 2)
     else:
-        tiles = Tiles(64, 64, 4, 3)
+        tiles = Tiles(64, 64, 4, 2)
     if is_coded and rows > 16:
         most = 64 if tiles.block_m == 64 and head_dim <= 128 else 32
         tiles = tiles._replace(block_n=min(tiles.block_n, most), num_stages=min(tiles.num_stages, 2))
@@ -77,15 +84,14 @@ def choose_tiles(
     return tiles._replace(block_n=min(tiles.block_n, page_size & -page_size), num_stages=num_stages)
 
 
-def choose_splits(num_programs: int, num_tiles: int, device: torch.device, *, is_small: bool) -> int:
-    """Return how many runs give two programs per multiprocessor, or six small ones, at most one per tile of keys."""
-    wanted = 6 if is_small else 2
-    return max(1, min(wanted * num_sms(device) // num_programs, num_tiles, MAX_SPLITS))
+def choose_splits(num_programs: int, num_tiles: int, residents: int, device: torch.device) -> int:
+    """Return how many runs fill every multiprocessor with its residents, at most one per tile of keys."""
+    return max(1, min(residents * num_sms(device) // num_programs, num_tiles, MAX_SPLITS))
 
 
-def registers(arch: str, tiles: Tiles, schemes: tuple[str, str]) -> dict[str, int]:
+def registers(arch: str, tiles: Tiles, schemes: tuple[str, str], *, has_order: bool) -> dict[str, int]:
     """Return the option of a launch that sets the limit of registers, if it needs one."""
     is_coded = schemes != ("plain", "plain")
-    if tiles.keys_first and arch in LEAN:
+    if tiles.keys_first and arch in LEAN and (is_coded or has_order):
         return LEAN[arch]["q6" in schemes]
     return REGISTERS if arch in SAVES_ALWAYS or (is_coded and arch in SAVES_FOR_CODES) else {}

@@ -297,11 +297,11 @@ def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, pa
 
 
 def test_splits_fill_the_device_and_no_more(device):
-    for is_small in (False, True):
-        assert choose_splits(1, 1000, device, is_small=is_small) <= MAX_SPLITS
-        assert choose_splits(1, 3, device, is_small=is_small) == 3
-        assert choose_splits(10_000, 1000, device, is_small=is_small) == 1
-        assert choose_splits(1, 0, device, is_small=is_small) == 1
+    for residents in (2, 6):
+        assert choose_splits(1, 1000, residents, device) <= MAX_SPLITS
+        assert choose_splits(1, 3, residents, device) == 3
+        assert choose_splits(10_000, 1000, residents, device) == 1
+        assert choose_splits(1, 0, residents, device) == 1
 
 
 @pytest.mark.parametrize(
