@@ -78,12 +78,12 @@ def _write_cases(run: Run, codec: str) -> None:
         return (k, v, m.pages(s, 16, codec), m.pages(s, 16, codec), slots[: run.tokens]), {}
 
     def turned(m: Maker) -> Arguments:
-        q, k, v = m.heads(s, run.tokens, d)
         cos, sin = (m.normal(8192, s.head_dim // 2, dtype=FP32) for _ in range(2))
         positions, slots = m.integers(run.tokens, high=8192), m.permutation(16 * PAGE_SIZE)
         assert slots is not None
         pages = m.pages(s, 16, codec), m.pages(s, 16, codec)
-        return (q, k, v, cos, sin, positions, *pages, slots[: run.tokens]), {"interleaved": False}
+        args = m.parts(run, s.qkv), cos, sin, positions, *pages, slots[: run.tokens]
+        return args, {"interleaved": False, "out_dtype": d}
 
     case("rope_write", name, compiled=run.compiled and codec in (run.half, "q4", "fp8"))(turned)
 

@@ -1,20 +1,24 @@
-"""Writing the new keys and values of one layer into its pages, and rotating queries and keys in the same launch.
+"""Writing the new keys and values of one layer into its pages, and turning queries and keys in the same launch.
 
     k_pages[page, g, offset] = encode(k[t, g]),  v_pages[page, g, offset] = encode(v[t, g]),  slots[t] = page S + offset
 
-`rope_write` first turns q, in place, and k, on its way, by the angles of their positions (`rope.py`); given weights, it
-normalizes every head of both before that, as Qwen3 does (`rmsnorm.py`). `kv_write` takes k as it is. How a row is
-encoded is the pages' codec (`kv_codec.py`), in registers and in one pass. Pages are [P, G, S, row], so that the rows of
-one head in one page lie together, as attention reads them. A slot of -1 skips the row: a padding row of a CUDA graph.
-Two rows with the same slot leave either of them. A turned key is rounded to k's dtype before it is encoded, so that
-both ops write the same bytes; between norm and turn nothing is rounded. Offsets are 64-bit. A kernel does not look
-whether a slot or a position is in range; the check does, for CPU tensors.
+`kv_write` takes k and v as they are. `rope_write` takes the merged product of q, k and v, in parts over K (`parts.py`)
+or whole; it turns queries and keys by the angles of their positions (`rope.py`) and returns the queries. Given weights,
+it normalizes every head of both before that, as Qwen3 does (`rmsnorm.py`). From the sum of the parts on everything is
+fp32 in registers, and rounded once, to the dtype of the activations; that is what a row is encoded from.
+
+How a row is encoded is the pages' codec (`kv_codec.py`), in one pass. Pages are [P, G, S, row], so that the rows of one
+head in one page lie together, as attention reads them. A slot of -1 skips the row: a padding row of a CUDA graph. Two
+rows with the same slot leave either of them. Offsets are 64-bit. A kernel does not look whether a slot or a position is
+in range; the check does, for CPU tensors. Positions, slots and tables are read ahead of the wait (`overlap.py`): no
+kernel that takes part in the overlap may write them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,10 +28,12 @@ from qinfer.kernels.device import op
 from qinfer.kernels.kv_codec import KVPages, encode, run_length
 from qinfer.kernels.kv_tile import store_rows
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.parts import add_up, as_parts, load_sum
 from qinfer.kernels.rmsnorm import rmsnorm
-from qinfer.kernels.rope import rope, rotate_heads
+from qinfer.kernels.rope import rope
 
-BLOCK_HEADS = 8
+BLOCK_HEADS = 8  # heads of a program
+BLOCK_HEADS_OF_PARTS = 2  # where each of them has several parts to read
 MIN_ROWS = 16  # of a product with the matrix that rotates runs
 
 
@@ -44,10 +50,15 @@ def kv_write_reference(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages,
             pages.scales[page, :, offset] = scales
 
 
+def _heads(qkv: Tensor, k_pages: KVPages) -> tuple[Tensor, ...]:
+    """Return views of the queries [S, T, H, D], the keys [S, T, G, D] and the values [S, T, G, D] of a product."""
+    num_kv_heads, head_dim = k_pages.codes.shape[1], k_pages.head_dim
+    heads = as_parts(qkv).unflatten(-1, (-1, head_dim))
+    return tuple(torch.split(heads, [heads.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=2))
+
+
 def rope_write_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
@@ -59,22 +70,21 @@ def rope_write_reference(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
-) -> None:
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Compute `rope_write` in plain torch."""
-    turned_q, turned_k = q.float().clone(), k.float().clone()
+    dtype = out_dtype or qkv.dtype
+    q, k, v = (x[0].clone() for x in _heads(add_up(qkv), k_pages))
     if q_weight is not None and k_weight is not None:
-        turned_q, turned_k = (rmsnorm.reference(x, w, eps=eps) for x, w in ((turned_q, q_weight), (turned_k, k_weight)))
-    rope.reference(turned_q, turned_k, cos, sin, positions, interleaved=interleaved)
-    q.copy_(turned_q)
-    kv_write_reference(turned_k.to(k.dtype), v, k_pages, v_pages, slots)
+        q, k = (rmsnorm.reference(x, weight, eps=eps) for x, weight in ((q, q_weight), (k, k_weight)))
+    rope.reference(q, k, cos, sin, positions, interleaved=interleaved)
+    kv_write_reference(k.to(dtype), v.to(dtype), k_pages, v_pages, slots)
+    return q.to(dtype)
 
 
 @triton.jit
-def _turned(p_x, o_d, m_x, p_cos, p_sin, p_weight, eps, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Load rows [M, D] from p_x [M, 1], normalize them if there is a weight, and turn them by one position's angles.
-
-    Each feature stands beside its partner, whose memory may be written only behind a barrier.
-    """
+def _angles(p_cos, p_sin, o_d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return what features and their partners are multiplied by at one position, and which are whose partners."""
     if INTERLEAVED:
         o_pair, o_partner, m_first = o_d // 2, o_d ^ 1, o_d % 2 == 0
     else:
@@ -84,21 +94,34 @@ def _turned(p_x, o_d, m_x, p_cos, p_sin, p_weight, eps, D: tl.constexpr, HALF: t
     m_turn = o_d < 2 * HALF
     b_cos = tl.load(p_cos + o_pair, mask=m_turn, other=1.0)
     b_sin = tl.load(p_sin + o_pair, mask=m_turn, other=0.0)
-    b_x = tl.load(p_x + o_d, mask=m_x, other=0.0).to(tl.float32)
-    b_partner = tl.load(p_x + o_partner, mask=m_x & m_turn, other=0.0).to(tl.float32)
+    return b_cos, tl.where(m_first, -b_sin, b_sin), tl.where(m_turn, o_partner, o_d)
+
+
+@triton.jit
+def _turned(
+    p_x, stride_part, o_d, m_x, b_cos, b_sin, o_partner, p_weight, eps, D: tl.constexpr, NUM_PARTS: tl.constexpr
+):
+    """Add up rows [M, D] from p_x [M, 1], normalize them if there is a weight, and turn them by one position's angles.
+
+    Each feature stands beside its partner, which is loaded for itself: moving it between threads would cost more.
+    """
+    b_x = load_sum(p_x + o_d, stride_part, m_x, NUM_PARTS)
+    b_partner = load_sum(p_x + o_partner, stride_part, m_x, NUM_PARTS)
     if p_weight is not None:
         b_factor = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)[:, None]
         b_x *= b_factor * tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-        b_partner *= b_factor * tl.load(p_weight + o_partner, mask=m_turn, other=0.0).to(tl.float32)
-    return b_x * b_cos + b_partner * tl.where(m_first, -b_sin, b_sin)
+        b_partner *= b_factor * tl.load(p_weight + o_partner, mask=o_d < D, other=0.0).to(tl.float32)
+    return b_x * b_cos + b_partner * b_sin
 
 
-@triton.jit(do_not_specialize_on_alignment=["p_positions", "p_slots"])
+# The distance of parts grows with the number of rows, and a kernel per divisibility of it would be compiled in serving.
+@triton.jit(do_not_specialize=["s_part"], do_not_specialize_on_alignment=["p_positions", "p_slots"])
 def _kv_write_kernel(
-    p_q, p_k, p_v, p_cos, p_sin, p_positions, p_slots, p_k_codes, p_k_scales, p_v_codes, p_v_scales,
+    p_q, p_k, p_v, p_out, p_cos, p_sin, p_positions, p_slots, p_k_codes, p_k_scales, p_v_codes, p_v_scales,
     p_q_weight, p_k_weight, eps,  # None: no norm
-    s_q_token, s_q_head, s_k_token, s_k_head, s_v_token, s_v_head, s_cos, s_sin,
+    s_part, s_k_token, s_k_head, s_v_token, s_v_head, s_cos, s_sin,  # queries have the strides of keys
     s_k_page, s_k_page_head, s_k_row, s_k_scale, s_v_page, s_v_page_head, s_v_row, s_v_scale,
+    NUM_PARTS: tl.constexpr,
     H: tl.constexpr,  # 0: no queries
     G: tl.constexpr,
     S: tl.constexpr,
@@ -108,55 +131,53 @@ def _kv_write_kernel(
     RUN: tl.constexpr,
     K_SCHEME: tl.constexpr,
     V_SCHEME: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
-    wait_for_inputs(OVERLAP)
-    NUM_Q_BLOCKS: tl.constexpr = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
+    Q_BLOCKS: tl.constexpr = (H + BLOCK_Q - 1) // BLOCK_Q
+    KV_BLOCKS: tl.constexpr = (G + BLOCK_KV - 1) // BLOCK_KV
+    K_DTYPE: tl.constexpr = p_out.dtype.element_ty if HALF > 0 else p_k.dtype.element_ty
+    V_DTYPE: tl.constexpr = p_out.dtype.element_ty if HALF > 0 else p_v.dtype.element_ty
     i_t = tl.program_id(0).to(tl.int64)
     i_block = tl.program_id(1)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    i_slot = tl.load(p_slots + i_t).to(tl.int64)
     if HALF > 0:
         i_position = tl.load(p_positions + i_t).to(tl.int64)
-        p_cos += i_position * s_cos
-        p_sin += i_position * s_sin
-    if i_block < NUM_Q_BLOCKS:
-        if H > 0 and p_q_weight is not None:
-            o_h = i_block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-            o_d = tl.arange(0, BLOCK_D)[None, :]
-            m_x = (o_h < H)[:, None] & (o_d < D)
-            p_q_rows = p_q + i_t * s_q_token + o_h.to(tl.int64)[:, None] * s_q_head
-            b_q = _turned(p_q_rows, o_d, m_x, p_cos, p_sin, p_q_weight, eps, D, HALF, INTERLEAVED)
-            tl.debug_barrier()
-            tl.store(p_q_rows + o_d, b_q.to(p_q.dtype.element_ty), mask=m_x)
-        elif H > 0:
-            o_i = tl.arange(0, BLOCK_HALF)
-            b_cos = tl.load(p_cos + o_i, mask=o_i < HALF, other=0.0)[None, :]
-            b_sin = tl.load(p_sin + o_i, mask=o_i < HALF, other=0.0)[None, :]
-            rotate_heads(
-                p_q + i_t * s_q_token, s_q_head, i_block * BLOCK_HEADS, H, b_cos, b_sin, o_i,
-                HALF, INTERLEAVED, BLOCK_HEADS,
-            )  # fmt: skip
+        b_cos, b_sin, o_partner = _angles(
+            p_cos + i_position * s_cos, p_sin + i_position * s_sin, o_d, HALF, INTERLEAVED
+        )
+    wait_for_inputs(OVERLAP)
+    if i_block < Q_BLOCKS:
+        if H > 0:
+            o_h = (i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
+            m_q = (o_h < H) & (o_d < D)
+            p_q_rows = p_q + i_t * s_k_token + o_h * s_k_head
+            b_q = _turned(p_q_rows, s_part, o_d, m_q, b_cos, b_sin, o_partner, p_q_weight, eps, D, NUM_PARTS)
+            tl.store(p_out + (i_t * H + o_h) * D + o_d, b_q.to(p_out.dtype.element_ty), mask=m_q)
     else:
-        i_slot = tl.load(p_slots + i_t).to(tl.int64)
+        i_block -= Q_BLOCKS
         i_page, i_row = i_slot // S, i_slot % S
-        o_g = ((i_block - NUM_Q_BLOCKS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
+        o_g = (i_block % KV_BLOCKS * BLOCK_KV + tl.arange(0, BLOCK_KV)).to(tl.int64)
         m_g = (o_g < G) & (i_slot >= 0)
-        o_d = tl.arange(0, BLOCK_D)[None, :]
         m_x = m_g[:, None] & (o_d < D)
-        p_k_rows = p_k + i_t * s_k_token + o_g[:, None] * s_k_head
-        if HALF > 0:
-            b_turned = _turned(p_k_rows, o_d, m_x, p_cos, p_sin, p_k_weight, eps, D, HALF, INTERLEAVED)
-            b_k = b_turned.to(p_k.dtype.element_ty)
+        if i_block < KV_BLOCKS:
+            p_rows = p_k + i_t * s_k_token + o_g[:, None] * s_k_head
+            if HALF > 0:
+                b_k = _turned(p_rows, s_part, o_d, m_x, b_cos, b_sin, o_partner, p_k_weight, eps, D, NUM_PARTS)
+            else:
+                b_k = tl.load(p_rows + o_d, mask=m_x, other=0.0)
+            o_codes = i_page * s_k_page + o_g * s_k_page_head + i_row * s_k_row
+            o_scales = i_page * s_k_scale + o_g * S + i_row
+            store_rows(b_k.to(K_DTYPE), p_k_codes, p_k_scales, o_codes, o_scales, m_g, D, RUN, K_SCHEME)
         else:
-            b_k = tl.load(p_k_rows + o_d, mask=m_x, other=0.0)
-        b_v = tl.load(p_v + i_t * s_v_token + o_g[:, None] * s_v_head + o_d, mask=m_x, other=0.0)
-        o_codes = i_page * s_k_page + o_g * s_k_page_head + i_row * s_k_row
-        store_rows(b_k, p_k_codes, p_k_scales, o_codes, i_page * s_k_scale + o_g * S + i_row, m_g, D, RUN, K_SCHEME)
-        o_codes = i_page * s_v_page + o_g * s_v_page_head + i_row * s_v_row
-        store_rows(b_v, p_v_codes, p_v_scales, o_codes, i_page * s_v_scale + o_g * S + i_row, m_g, D, RUN, V_SCHEME)
+            b_v = load_sum(p_v + i_t * s_v_token + o_g[:, None] * s_v_head + o_d, s_part, m_x, NUM_PARTS)
+            o_codes = i_page * s_v_page + o_g * s_v_page_head + i_row * s_v_row
+            o_scales = i_page * s_v_scale + o_g * S + i_row
+            store_rows(b_v.to(V_DTYPE), p_v_codes, p_v_scales, o_codes, o_scales, m_g, D, RUN, V_SCHEME)
 
 
 def _check_kv_write(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slots: Tensor) -> None:
@@ -175,9 +196,7 @@ def _check_kv_write(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, sl
 
 
 def _check_rope_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
@@ -189,10 +208,21 @@ def _check_rope_write(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
+    check_float("qkv", qkv.dtype)
+    check_float("out_dtype", out_dtype or qkv.dtype)
+    check_shape("qkv", qkv, (*(("S",) if qkv.ndim == 3 else ()), "T", "(H + 2 G) D"))
+    check_rows("qkv", qkv)
+    num_kv_heads, head_dim = k_pages.codes.shape[1], k_pages.head_dim
+    num_heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads
+    if num_heads < 1 or qkv.shape[-1] % head_dim:
+        raise ValueError(
+            f"qkv must have (H + 2 · {num_kv_heads}) · {head_dim} columns for these pages, got {qkv.shape[-1]}"
+        )
+    q, k, v = (x[0] for x in _heads(qkv, k_pages))
     rope.check(q, k, cos, sin, positions, interleaved=interleaved)
     _check_kv_write(k, v, k_pages, v_pages, slots)
-    check_device(q, v=v)
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must both be given, or neither")
     for x, weight in ((q, q_weight), (k, k_weight)):
@@ -204,6 +234,8 @@ def _check_rope_write(
 class _Turn:
     """What happens to queries and keys before anything is written."""
 
+    q: Tensor  # [S, T, H, D]
+    out: Tensor  # [T, H, D]
     cos: Tensor
     sin: Tensor
     positions: Tensor
@@ -213,35 +245,29 @@ class _Turn:
     eps: float
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, turn: _Turn | None, k_pages: KVPages, v_pages: KVPages, slots: Tensor
-) -> None:
-    """Launch the kernel; without a turn, q is not looked at."""
-    (num_tokens, num_kv_heads, head_dim), page_size = k.shape, k_pages.codes.shape[2]
-    if not k.numel():
-        return
+def _launch(k: Tensor, v: Tensor, turn: _Turn | None, k_pages: KVPages, v_pages: KVPages, slots: Tensor) -> None:
+    """Launch the kernel on keys and values [S, T, G, D]."""
+    (num_parts, num_tokens, num_kv_heads, head_dim), page_size = k.shape, k_pages.codes.shape[2]
+    half, num_heads = (0, 0) if turn is None else (turn.cos.shape[1], turn.q.shape[2])
+    turn = turn or _Turn(k, k, k, k, slots, interleaved=False, q_weight=None, k_weight=None, eps=0.0)
     block_d, run = triton.next_power_of_2(head_dim), run_length(head_dim)
-    half, num_heads = (0, 0) if turn is None else (turn.cos.shape[1], q.shape[1])
-    turn = turn or _Turn(k, k, slots, interleaved=False, q_weight=None, k_weight=None, eps=0.0)
-    is_rotated = k_pages.codec.is_rotated or v_pages.codec.is_rotated
-    block_heads = max(BLOCK_HEADS, MIN_ROWS * run // block_d) if is_rotated else BLOCK_HEADS
-    if not num_heads and not is_rotated:
-        block_heads = min(block_heads, triton.next_power_of_2(num_kv_heads))
-    block_half = triton.next_power_of_2(max(half, 1))
-    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], turn.cos.stride(0), turn.sin.stride(0)
+    block_q = block_kv = BLOCK_HEADS if num_parts == 1 else BLOCK_HEADS_OF_PARTS
+    if k_pages.codec.is_rotated or v_pages.codec.is_rotated:
+        block_kv = max(block_kv, MIN_ROWS * run // block_d)
+    else:
+        block_kv = min(block_kv, triton.next_power_of_2(num_kv_heads))
     sides = [
         (*pages.codes.stride()[:3], 0 if pages.scales is None else pages.scales.stride(0))
         for pages in (k_pages, v_pages)
     ]
-    _kv_write_kernel[(num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))](
-        q, k, v, turn.cos, turn.sin, turn.positions, slots,
+    _kv_write_kernel[(num_tokens, triton.cdiv(num_heads, block_q) + 2 * triton.cdiv(num_kv_heads, block_kv))](
+        turn.q, k, v, turn.out, turn.cos, turn.sin, turn.positions, slots,
         k_pages.codes, k_pages.scales, v_pages.codes, v_pages.scales, turn.q_weight, turn.k_weight, turn.eps,
-        *strides, *sides[0], *sides[1],
-        H=num_heads, G=num_kv_heads, S=page_size, D=head_dim, HALF=half, INTERLEAVED=turn.interleaved, RUN=run,
-        K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme,
-        BLOCK_HEADS=block_heads, BLOCK_D=block_d, BLOCK_HALF=block_half,
-        # Few enough warps that no pair of a query has a copy in a second one, which could load it after its rotation.
-        num_warps=min(max(block_heads * (block_half if num_heads else block_d) // 128, 1), 4),
+        k.stride(0), *k.stride()[1:3], *v.stride()[1:3], turn.cos.stride(0), turn.sin.stride(0), *sides[0], *sides[1],
+        NUM_PARTS=num_parts, H=num_heads, G=num_kv_heads, S=page_size, D=head_dim, HALF=half,
+        INTERLEAVED=turn.interleaved, RUN=run, K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme,
+        BLOCK_Q=block_q, BLOCK_KV=block_kv, BLOCK_D=block_d,
+        num_warps=min(max(max(block_q if num_heads else 0, block_kv) * block_d // 128, 1), 4),
         **overlap(k),
     )  # fmt: skip
 
@@ -262,14 +288,13 @@ def kv_write(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slots: Te
         ValueError: a shape, a stride or a device does not fit, or (CPU tensors only) a slot is out of range.
         UnsupportedError: the codec cannot store rows of D numbers.
     """
-    _launch(k, k, v, None, k_pages, v_pages, slots)
+    if k.numel():
+        _launch(k[None], v[None], None, k_pages, v_pages, slots)
 
 
 @op(reference=rope_write_reference, check=_check_rope_write)
 def rope_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
@@ -281,13 +306,13 @@ def rope_write(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
-) -> None:
-    """Turn queries in place by the angles of their positions, and write turned keys and values into their pages.
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Turn queries and keys by the angles of their positions, and write turned keys and values into their pages.
 
     Args:
-        q: [T, H, D] fp16, bf16 or fp32, last stride 1, changed.
-        k: [T, G, D] fp16, bf16 or fp32, last stride 1, left as it is.
-        v: [T, G, D] fp16, bf16 or fp32, last stride 1.
+        qkv: [T, (H + 2 G) D] fp16, bf16 or fp32, last stride 1: heads of queries, keys and values side by side; or
+            [S, T, (H + 2 G) D], parts that are added in fp32 in their order.
         cos: [L, R/2] fp32, cosine of the angle of pair i at each position; R <= D.
         sin: [L, R/2] fp32, its sine.
         positions: [T] int32 (or int64) in [0, L).
@@ -299,6 +324,10 @@ def rope_write(
             leaves queries and keys as they are.
         k_weight: [D], the same of keys.
         eps: added to the mean squares.
+        out_dtype: dtype of the result, and of the rows that are encoded; None takes that of qkv.
+
+    Returns:
+        [T, H, D] the turned queries, contiguous.
 
     Raises:
         TypeError: a dtype is none of those above.
@@ -306,5 +335,9 @@ def rope_write(
             range.
         UnsupportedError: the codec cannot store rows of D numbers.
     """
-    turn = _Turn(cos, sin, positions, interleaved, q_weight, k_weight, eps)
-    _launch(q, k, v, turn, k_pages, v_pages, slots)
+    q, k, v = _heads(qkv, k_pages)
+    out = torch.empty(q.shape[1:], dtype=out_dtype or qkv.dtype, device=qkv.device)
+    if out.numel():
+        turn = _Turn(q, out, cos, sin, positions, interleaved, q_weight, k_weight, eps)
+        _launch(k, v, turn, k_pages, v_pages, slots)
+    return out

@@ -253,15 +253,12 @@ class Attention:
         Returns:
             [S, T, C], whose sum over S is the result.
         """
-        qkv = self.qkv(x)
+        qkv = self.qkv.in_parts(x)
         if self.qkv_lora is not None:
-            self.qkv_lora.add(x, batch, qkv)
-        q, k, v = (part.view(x.shape[0], -1, self.head_dim) for part in self.qkv.split(qkv))
+            self.qkv_lora.add(x, batch, qkv[0])
         pages, rope, norm = cache.pages(self.layer), self.rope, self.norm
-        rope_write(
-            q,
-            k,
-            v,
+        q = rope_write(
+            qkv,
             rope.cos,
             rope.sin,
             batch.positions,
@@ -271,6 +268,7 @@ class Attention:
             q_weight=None if norm is None else norm.q_weight,
             k_weight=None if norm is None else norm.k_weight,
             eps=0.0 if norm is None else norm.eps,
+            out_dtype=x.dtype,
         )
         mixed = paged_attention(
             q,

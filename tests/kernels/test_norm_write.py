@@ -1,4 +1,4 @@
-"""rope_write with the norm of every head in front of the rotation."""
+"""rope_write: the sum of parts, the norm of every head, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qinfer.kernels.kv_codec import CODECS
 from qinfer.kernels.kv_write import rope_write
+from qinfer.kernels.parts import add_up
 from tests.compare import assert_close
 from tests.kernels.coded import loss, poisoned
 from tests.strategies import random_tensor
@@ -56,9 +57,9 @@ def test_norm_then_turn_then_write(body, names, dtype, head_dim, half, heads, in
     tables = angles.cos()[positions.long()], angles.sin()[positions.long()]
     q, k = (written_out(before[i], weights[i], *tables, interleaved=interleaved) for i in range(2))
     pages = [poisoned(CODECS[name], 2, num_kv_heads, 16, head_dim, device) for name in names]
-    after = merged.clone().to(device)
-    body(
-        *after.split(parts, 1),
+    product = merged.flatten(1).to(device)
+    turned = body(
+        product,
         angles.cos().to(device),
         angles.sin().to(device),
         positions.to(device),
@@ -69,8 +70,9 @@ def test_norm_then_turn_then_write(body, names, dtype, head_dim, half, heads, in
         k_weight=weights[1].to(device),
         eps=EPS,
     )
-    assert_close(after[:, :num_heads], q.to(dtype).to(device))
-    assert torch.equal(after[:, num_heads:].cpu(), merged[:, num_heads:])
+    assert turned.dtype == dtype
+    assert_close(turned, q.to(dtype).to(device))
+    assert torch.equal(product.cpu(), merged.flatten(1))
     index = (torch.tensor([1, 0]), slice(None), torch.tensor([1, 2]))
     for x, side in zip((k[[0, 2]], before[2][[0, 2]]), pages, strict=True):
         scales = None if side.scales is None else side.scales.cpu()[index]
@@ -85,6 +87,47 @@ def test_norm_then_turn_then_write(body, names, dtype, head_dim, half, heads, in
         torch.testing.assert_close(side.codes.cpu(), empty.codes, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(
+    ("names", "num_parts", "heads"),
+    [(("fp32", "fp16"), 3, (5, 2)), (("q4", "q8"), 2, (3, 1)), (("fp8", "q6"), 1, (1, 3))],
+)
+def test_takes_a_product_in_parts(body, names, num_parts, heads, has_norm, device):
+    head_dim, (num_heads, num_kv_heads) = 32, heads
+    parts = random_tensor(num_parts, 2, (num_heads + 2 * num_kv_heads) * head_dim, seed=4).to(device)
+    angles = torch.outer(torch.arange(9.0), 10.0 ** (-torch.arange(12) / 12)).to(device)
+    positions, slots = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([8, 3], [5, 18]))
+    weights = (
+        {f"{side}_weight": 1 + random_tensor(head_dim, seed=5).to(device) / 2 for side in "qk"} if has_norm else {}
+    )
+    pages = [[poisoned(CODECS[name], 2, num_kv_heads, 16, head_dim, device) for name in names] for _ in range(2)]
+    # Columns beside the product are not its own.
+    wide = torch.full((num_parts, 2, parts.shape[2] + 7), float("nan"), device=device)
+    wide[..., : parts.shape[2]] = parts
+    options = {"interleaved": False, "out_dtype": torch.float16, "eps": EPS, **weights}
+    tables = angles.cos(), angles.sin(), positions
+    turned = body(wide[..., : parts.shape[2]], *tables, *pages[0], slots, **options)
+    assert turned.dtype == torch.float16
+    assert turned.shape == (2, num_heads, head_dim)
+    assert torch.equal(turned, body(add_up(parts), *tables, *pages[1], slots, **options))
+    for one, other in zip(*pages, strict=True):
+        for a, b in zip(one.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert one.decode()[[0, 1], :, [5, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [(65, r"columns for these pages, got 65"), (32, r"qkv must have \(H \+ 2 · 1\) · 16 columns"), (0, "columns")],
+)
+def test_refuses_a_product_that_is_not_heads(width, message):
+    table, index = torch.ones(9, 8), torch.tensor([0, 1], dtype=torch.int32)
+    pages = [poisoned(CODECS["fp32"], 1, 1, 16, 16, "cpu") for _ in "kv"]
+    with pytest.raises(ValueError, match=message):
+        rope_write(torch.zeros(2, width), table, table, index, *pages, index, interleaved=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,9 +137,9 @@ def test_norm_then_turn_then_write(body, names, dtype, head_dim, half, heads, in
     ],
 )
 def test_refuses(change, message):
-    q, k, v = random_tensor(2, 4, 16, seed=0).split([2, 1, 1], 1)
+    qkv = random_tensor(2, 4 * 16, seed=0)
     table, index = torch.ones(9, 8), torch.tensor([0, 1], dtype=torch.int32)
     pages = [poisoned(CODECS["fp32"], 1, 1, 16, 16, "cpu") for _ in "kv"]
     norm = {"q_weight": torch.ones(16), "k_weight": torch.ones(16), "eps": 1e-6} | change
     with pytest.raises(ValueError, match=message):
-        rope_write(q, k, v, table, table, index, *pages, index, interleaved=False, **norm)
+        rope_write(qkv, table, table, index, *pages, index, interleaved=False, **norm)
