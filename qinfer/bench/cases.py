@@ -114,6 +114,10 @@ def _gather_cases(run: Run) -> None:
         table, ids = m.normal(s.vocabulary, s.hidden, dtype=d), m.integers(run.tokens, high=s.vocabulary)
         return (table, ids), {"out_dtype": FP32}
 
+    @case("feed", run.name, compiled=run.compiled and s is LLAMA)
+    def _(m: Maker) -> Arguments:
+        return (m.integers(run.tokens, low=-16, high=s.vocabulary), m.integers(16, low=-1, high=s.vocabulary)), {}
+
     @case("gather_columns", run.name, compiled=run.compiled)
     def _(m: Maker) -> Arguments:
         return (m.normal(run.tokens, s.hidden, dtype=d), m.permutation(s.hidden)), {}

@@ -26,23 +26,12 @@ from qinfer.engine.rows import DecodeRows
 from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
 from qinfer.engine.scoring import Scores, copying, take_scores
 from qinfer.engine.sequence import Sequence, TokenLogprobs
+from qinfer.kernels.feed import feed
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 from qinfer.parallel.comm import Communicator
 
 Step: TypeAlias = list[tuple[Sequence, int]]
-
-
-def feed(token_ids: Tensor, sampled: Tensor) -> None:
-    """Put sampled[r] in the place of every id -1 - r; other ids stay.
-
-    Args:
-        token_ids: [T] int32, changed in place.
-        sampled: [R] int32 ids, -1 where sampling failed; such a token is computed as id 0, and thrown away later.
-    """
-    is_known = token_ids >= 0
-    rows = token_ids.bitwise_not().masked_fill_(is_known, 0)
-    torch.where(is_known, token_ids, sampled.index_select(0, rows).clamp_(min=0), out=token_ids)
 
 
 def _sizes(largest: int) -> list[int]:

@@ -12,7 +12,6 @@ from qinfer.engine.job import Completion, Job
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams, sample
 from qinfer.engine.scoring import take_scores
 from qinfer.engine.sequence import Sequence
-from qinfer.engine.steps import feed
 from qinfer.errors import NonFiniteLogits
 from qinfer.models.batch import Batch, Piece
 from tests.engine.mock import (
@@ -297,12 +296,6 @@ def test_step_after_the_end_is_thrown_away() -> None:
     model.eos_ids = frozenset()
     assert list(gen.generate([2, 3], GREEDY).token_ids) == expected([2, 3], GREEDY)
     assert is_idle(gen)
-
-
-def test_feed_takes_the_place_of_rows() -> None:
-    ids = torch.tensor([5, -1, 0, -3, -2], dtype=torch.int32)
-    feed(ids, torch.tensor([70, -1, 90], dtype=torch.int32))
-    assert ids.tolist() == [5, 70, 0, 90, 0]
 
 
 # --- cancelling
