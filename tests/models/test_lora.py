@@ -14,7 +14,7 @@ from tests.compare import assert_close, errors
 from tests.models import adapters, test_exl2_files, test_parity, tiny
 from tests.parallel import test_shards
 
-IDS = tiny.prompt(19, seed=1)
+IDS = tiny.prompt(19)
 
 
 def dense(path: Path) -> Path:
