@@ -9,15 +9,14 @@ softcap c, scores x become c tanh(x / c) before the softmax.
 Memory: pages are [P, G, S, row], so that the rows of one KV head in one page are contiguous; q is [T, H, D], the
 sequences one after the other. One program owns one KV head and BLOCK_M rows, row r being query token r // GROUP and
 head r % GROUP of that KV head, so a key is read once for all its query heads and decode is a chunk of one token. The
-visible range is cut into as many runs of whole tiles as the grid is deep; since the kernel does that from
+visible range is cut into at most as many runs of whole tiles as the grid is deep; since the kernel does that from
 `context_lens`, one grid serves all lengths. Each run leaves a normalized fp32 result and the base-2 logarithm of its
-softmax sum. In decode the program of a block that arrives last adds them up, in the order of the runs; for longer
-queries, and on AMD, where a barrier does not wait for other waves' stores, a second kernel does.
+softmax sum. In decode the program that arrives last adds them up, in the order of the runs; for longer queries, and on
+AMD, where a barrier does not wait for other waves' stores, a second kernel does.
 
-Coded pages (`kv_codec.py`) are decoded in registers, a tile at a time: codes become exact fp16 integers, the scale of a
-key multiplies its scores, and the scale of a value its probabilities. Queries are rotated like the keys, and divided by
-their largest number, so that fp16 holds them whatever their dtype; probabilities times scales are kept below one by the
-largest scale so far, which the sums are in units of. What is summed up over rotated values is rotated back once.
+Coded pages (`kv_codec.py`) are decoded in registers (`attention_products.py`). Queries are rotated like the keys, and
+divided by their largest number, so that fp16 holds them whatever their dtype; what is summed up over rotated values is
+rotated back once.
 
 Softmax and accumulators are fp32. Products over plain pages multiply in the pages' dtype (q and the probabilities are
 converted to it), over coded pages in fp16, or in fp32 if q is fp32. Limits: D <= 256, H / G <= 64, S a multiple of 16,
@@ -35,18 +34,26 @@ from qinfer.kernels.attention_products import (
     add_values,
     along_keys,
     along_queries,
-    joined,
+    finished,
     no_sums,
     prepared,
     scores,
     turned,
 )
-from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, reduce_if_last
+from qinfer.kernels.attention_reduce import (
+    MAX_LOCKS,
+    add_runs,
+    inverse,
+    locks_of,
+    reduce_if_last,
+    store_rows,
+    store_run,
+)
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
-from qinfer.kernels.kv_tile import has_scales, is_rotated, load_scales, num_planes, rotate
+from qinfer.kernels.kv_tile import has_scales, load_scales, num_planes
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
@@ -122,16 +129,25 @@ def _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q: tl.conste
 
 
 @triton.jit
-def _store_rows(
-    p_out, p_inverse, b_out, o_token, o_head, o_d, m_out,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_ORDER: tl.constexpr,
-):  # fmt: skip
-    """Store finished rows, [BLOCK_M, BLOCK_D], each feature where it goes."""
-    o_feature = o_head[:, None] * HEAD_DIM + o_d[None, :]
-    if HAS_ORDER:
-        o_feature = tl.load(p_inverse + o_feature, mask=m_out, other=0)
-    p_results = p_out + o_token[:, None] * (NUM_HEADS * HEAD_DIM) + o_feature
-    tl.store(p_results, b_out.to(p_out.dtype.element_ty), mask=m_out)
+def _run_of_tiles(
+    b_first,
+    b_stop,
+    i_split,
+    num_splits,
+    min_tiles,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_LOCKS: tl.constexpr,
+):
+    """Return the first tile of a run, the one behind its last, and how many runs the block has."""
+    b_tile = tl.maximum(b_first - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else b_stop * 0
+    b_num_tiles = tl.maximum((b_stop + BLOCK_N - 1) // BLOCK_N - b_tile, 0)
+    b_runs = num_splits
+    if HAS_LOCKS:
+        # Short contexts leave programs without work, which costs less than sharing a few tiles out.
+        b_runs = tl.maximum(tl.minimum(tl.cdiv(b_num_tiles, min_tiles), num_splits), 1)
+    b_tile_start = b_tile + b_num_tiles * tl.minimum(i_split, b_runs) // b_runs
+    return b_tile_start, b_tile + b_num_tiles * tl.minimum(i_split + 1, b_runs) // b_runs, b_runs
 
 
 # The fields of a batch are views into one buffer, at any alignment, and its sizes change from step to step.
@@ -182,14 +198,9 @@ def _paged_attention_kernel(
     o_head = i_head * GROUP + o_m % GROUP
     b_stop = tl.minimum(b_first + BLOCK_Q, b_context_len)
     b_stop = tl.where(i_local * BLOCK_Q < b_query_len, tl.maximum(b_stop, 0), 0)
-    b_tile = tl.maximum(b_first - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else b_stop * 0
-    b_num_tiles = tl.maximum((b_stop + BLOCK_N - 1) // BLOCK_N - b_tile, 0)
-    b_runs = num_splits
-    if HAS_LOCKS:
-        # Short contexts leave programs without work, which costs less than sharing a few tiles out.
-        b_runs = tl.maximum(tl.minimum(tl.cdiv(b_num_tiles, min_tiles), num_splits), 1)
-    b_tile_stop = b_tile + b_num_tiles * tl.minimum(i_split + 1, b_runs) // b_runs
-    b_tile_start = b_tile + b_num_tiles * tl.minimum(i_split, b_runs) // b_runs
+    b_tile_start, b_tile_stop, b_runs = _run_of_tiles(
+        b_first, b_stop, i_split, num_splits, min_tiles, BLOCK_N, WINDOW, HAS_LOCKS
+    )
     p_table += i_seq.to(tl.int64) * s_table
     # The page of a tile is loaded one round early: as a load within its own round, Triton would give it pipeline stages
     # of its own and leave K and V a single buffer.
@@ -256,21 +267,15 @@ def _paged_attention_kernel(
 
     if LATE_SUM:
         b_sum = tl.sum(b_sum, axis=KEY_AXIS)
-    b_out = joined(turned(b_acc, num_planes(V_SCHEME), KEYS_FIRST), num_planes(V_SCHEME))
-    if is_rotated(V_SCHEME):
-        # The scales are in the sums: divided by the largest number, a row fits fp16 for the rotation.
-        b_largest = tl.max(tl.abs(b_out), axis=1)[:, None]
-        b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
-        b_out = rotate((b_out / b_largest).to(DTYPE), RUN) * b_largest
-    b_out = b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+    b_out = finished(b_acc, b_sum, DTYPE, RUN, V_SCHEME, KEYS_FIRST)
     if IS_SPLIT:
         if b_runs > 1:
             if i_split < b_runs:
-                o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
                 # A run without tiles stores nothing but its sum, of zero.
                 m_part = m_out & (b_tile_start < b_tile_stop)
-                tl.store(p_parts + o_part[:, None] * HEAD_DIM + o_d[None, :], b_out, mask=m_part)
-                tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
+                b_lse = b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0))
+                o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
+                store_run(p_parts, p_lse, o_part, b_out, b_lse, m_part, m_row, HEAD_DIM)
                 if HAS_LOCKS:
                     b_num_rows = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q) * GROUP
                     reduce_if_last(
@@ -279,19 +284,14 @@ def _paged_attention_kernel(
                         GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
                     )  # fmt: skip
         elif i_split == 0:
-            _store_rows(p_out, p_inverse, b_out, o_token, o_head, o_d, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
+            store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
     else:
-        _store_rows(p_out, p_inverse, b_out, o_token, o_head, o_d, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
+        store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
 
 
-def _words(pages: KVPages) -> Tensor:
-    """Return pages as the kernel reads them: plain numbers, or codes as 16-bit words."""
-    return pages.codes if pages.codec.scheme == "plain" else pages.codes.view(torch.int16)
-
-
-def _strides(words: Tensor, scales: Tensor | None) -> tuple[int, ...]:
+def _strides(pages: KVPages) -> tuple[int, ...]:
     """Return the strides of a page, a head and a row, and of a page of scales."""
-    return (*words.stride()[:3], 0 if scales is None else scales.stride(0))
+    return (*pages.words.stride()[:3], 0 if pages.scales is None else pages.scales.stride(0))
 
 
 def _element_size(q: Tensor, k_pages: KVPages, v_pages: KVPages) -> int:
@@ -416,10 +416,8 @@ def paged_attention(
     block_q = tiles.block_m // group
     one_block = max_query_len <= block_q
     num_blocks = num_seqs if one_block else num_tokens // block_q + num_seqs
-    num_programs, min_tiles = num_blocks * num_kv_heads, 1
+    num_programs, min_tiles, splits = num_blocks * num_kv_heads, 1, 1 if invariant else splits
     has_locks = tiles.block_m <= 16 and num_programs <= MAX_LOCKS and not is_amd_target(q)
-    if invariant:
-        splits = 1
     if splits is None:
         num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
         splits = choose_splits(num_programs, num_keys // tiles.block_n, tiles.residents, q.device)
@@ -429,12 +427,11 @@ def paged_attention(
         parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
         locks = locks_of(q.device) if has_locks else None
-    k_words, v_words = _words(k_pages), _words(v_pages)
     block_d = max(16 * max(NUM_PLANES[scheme] for scheme in schemes), triton.next_power_of_2(head_dim))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
-        q, k_words, k_pages.scales, v_words, v_pages.scales, page_table, query_starts, context_lens,
+        q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, page_table, query_starts, context_lens,
         None if order is None else inverse(order), locks, out, parts, lse, scale * LOG2_E,
-        *q.stride()[:2], *_strides(k_words, k_pages.scales), *_strides(v_words, v_pages.scales), page_table.stride(0),
+        *q.stride()[:2], *_strides(k_pages), *_strides(v_pages), page_table.stride(0),
         num_seqs, (num_seqs - 1).bit_length(), min_tiles,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim), WINDOW=window or 0,

@@ -184,3 +184,16 @@ def add_values(
             b_third = _product(b_p, plane(b_words, b_upper, 2, DTYPE, SCHEME, PTX), b_acc[2] * b_decay, KEYS_FIRST)
             b_fourth = _product(b_p, plane(b_words, b_upper, 3, DTYPE, SCHEME, PTX), b_acc[3] * b_decay, KEYS_FIRST)
             return (b_first, b_second, b_third, b_fourth)
+
+
+@triton.jit
+def finished(b_acc, b_sum, DTYPE: tl.constexpr, RUN: tl.constexpr, SCHEME: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Divide sums over values by those of the probabilities, and undo the rotation: [M, D] fp32."""
+    PLANES: tl.constexpr = num_planes(SCHEME)
+    b_out = joined(turned(b_acc, PLANES, KEYS_FIRST), PLANES)
+    if is_rotated(SCHEME):
+        # The scales are in the sums: divided by the largest number, a row fits fp16 for the rotation.
+        b_largest = tl.max(tl.abs(b_out), axis=1)[:, None]
+        b_largest = tl.where(b_largest > 0.0, b_largest, 1.0)
+        b_out = rotate((b_out / b_largest).to(DTYPE), RUN) * b_largest
+    return b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]

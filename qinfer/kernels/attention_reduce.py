@@ -26,6 +26,26 @@ BLOCK_F = 128  # features that one program of the second kernel adds up
 
 
 @triton.jit
+def store_rows(
+    p_out, p_inverse, b_out, o_token, o_head, m_out,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Store finished rows [M, BLOCK_D] of tokens [M] and heads [M], each feature where it goes."""
+    o_feature = o_head[:, None] * HEAD_DIM + tl.arange(0, b_out.shape[1])[None, :]
+    if HAS_ORDER:
+        o_feature = tl.load(p_inverse + o_feature, mask=m_out, other=0)
+    p_rows = p_out + o_token[:, None] * (NUM_HEADS * HEAD_DIM) + o_feature
+    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def store_run(p_parts, p_lse, o_part, b_out, b_lse, m_part, m_row, HEAD_DIM: tl.constexpr):
+    """Store what one run has left for rows [M], at numbers o_part of parts and sums."""
+    tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, b_out.shape[1])[None, :], b_out, mask=m_part)
+    tl.store(p_lse + o_part, b_lse, mask=m_row)
+
+
+@triton.jit
 def _reduce_block(
     p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, b_runs, num_splits,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -59,11 +79,8 @@ def _reduce_block(
             b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
             b_out += tl.sum(tl.exp2(b_some - b_max[:, None])[:, :, None] * b_part, axis=1)
         b_out /= tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
-        o_feature = o_head[:, None] * HEAD_DIM + o_d[None, :]
-        if HAS_ORDER:
-            o_feature = tl.load(p_inverse + o_feature, mask=m_out, other=0)
-        p_row = p_out + i_token * (NUM_HEADS * HEAD_DIM) + o_feature
-        tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_out)
+        o_token = i_token + tl.zeros([HEADS], tl.int64)
+        store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
 
 
 @triton.jit

@@ -66,7 +66,11 @@ class Codec:
         if self.is_rotated and head_dim % MIN_RUN:
             raise UnsupportedError(
                 f"KV cache format {self.name!r} needs a head size that is a multiple of {MIN_RUN}, got {head_dim}; "
-                "fp16, bf16, fp32, fp8 and fp8_e5m2 take any"
+                "fp16, bf16, fp32, fp8 and fp8_e5m2 take any even one"
+            )
+        if self.scheme != "plain" and head_dim % 2:
+            raise UnsupportedError(
+                f"KV cache format {self.name!r} needs an even head size, got {head_dim}; fp16, bf16 and fp32 take any"
             )
         return head_dim * self.bits // (8 * self.dtype.itemsize)
 
@@ -114,6 +118,11 @@ class KVPages:
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def words(self) -> Tensor:
+        """Plain numbers as they are, codes as 16-bit words of NUM_PLANES features: [P, G, S, row]."""
+        return self.codes if self.codec.scheme == "plain" else self.codes.view(torch.int16)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the codes and, where there are any, the scales."""

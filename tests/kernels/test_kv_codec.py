@@ -187,8 +187,17 @@ def test_bytes_by_hand():
 
 @pytest.mark.parametrize("name", ["q8", "q6", "q4"])
 def test_head_sizes_that_cannot_be_rotated_are_refused(name):
-    with pytest.raises(UnsupportedError, match="multiple of 16, got 24; fp16, bf16, fp32, fp8 and fp8_e5m2 take any"):
+    with pytest.raises(
+        UnsupportedError, match="multiple of 16, got 24; fp16, bf16, fp32, fp8 and fp8_e5m2 take any even one"
+    ):
         CODECS[name].width(24)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
+def test_odd_head_sizes_have_no_bytes_in_pairs(name):
+    assert CODECS[name].width(24) == 24
+    with pytest.raises(UnsupportedError, match="even head size, got 25; fp16, bf16 and fp32 take any"):
+        CODECS[name].width(25)
 
 
 @pytest.mark.parametrize(
