@@ -237,7 +237,7 @@ FILTERS = {"temperature": (0, 1.0), "top-p": (0, 0.95), "top-k top-p": (50, 0.95
 
 
 def _sample_cases(s: Shape, rows: int) -> None:
-    """The draw with and without filters, and penalties of 1,000 tokens per row."""
+    """The draw with and without filters, the likeliest tokens, and penalties of 1,000 tokens per row."""
     for name, (top_k, top_p) in FILTERS.items():
         compiled = s is LLAMA and rows == 16 and name != "top-p"  # what the filters are is not known at compile time
 
@@ -247,6 +247,10 @@ def _sample_cases(s: Shape, rows: int) -> None:
             # As if logits had a standard deviation of 3: the likeliest of 100,000 tokens gets a few percent.
             table = m.numbers([[4.3, top_k, top_p, 1.0, (row + 0.5) / rows] for row in range(rows)])
             return (logits, table), {"filtered": top_k > 0 or top_p < 1}
+
+    @case("greedy", f"{s.name} R={rows}", compiled=s is LLAMA and rows == 16)
+    def _(m: Maker) -> Arguments:
+        return (m.normal(rows, s.vocabulary, dtype=FP32),), {}
 
     @case("edit_logits", f"{s.name} R={rows}", compiled=s is LLAMA and rows == 16)
     def _(m: Maker) -> Arguments:

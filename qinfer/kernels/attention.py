@@ -40,15 +40,7 @@ from qinfer.kernels.attention_products import (
     scores,
     turned,
 )
-from qinfer.kernels.attention_reduce import (
-    MAX_LOCKS,
-    add_runs,
-    inverse,
-    locks_of,
-    reduce_if_last,
-    store_rows,
-    store_run,
-)
+from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, store_rows, store_run
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
@@ -129,6 +121,21 @@ def _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q: tl.conste
 
 
 @triton.jit
+def _find_queries(p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q: tl.constexpr, ONE_BLOCK: tl.constexpr):
+    """Return the sequence of a block, its first token and its length there, its first position and the one behind."""
+    i_seq, i_local = i_block, 0
+    if not ONE_BLOCK:
+        i_seq, i_local = _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q)
+    b_start = tl.load(p_starts + i_seq)
+    b_query_len = tl.load(p_starts + i_seq + 1) - b_start
+    b_context_len = tl.load(p_lens + i_seq)
+    b_first = b_context_len - b_query_len + i_local * BLOCK_Q
+    b_num = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q)
+    b_stop = tl.where(b_num > 0, tl.maximum(tl.minimum(b_first + BLOCK_Q, b_context_len), 0), 0)
+    return i_seq, b_start + i_local * BLOCK_Q, b_num, b_first, b_stop
+
+
+@triton.jit
 def _run_of_tiles(
     b_first,
     b_stop,
@@ -179,25 +186,18 @@ def _paged_attention_kernel(
     # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head, i_split, num_splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    i_seq, i_local = i_block, 0
-    if not ONE_BLOCK:
-        i_seq, i_local = _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q)
-    b_start = tl.load(p_starts + i_seq)
-    b_query_len = tl.load(p_starts + i_seq + 1) - b_start
-    b_context_len = tl.load(p_lens + i_seq)
-    b_first = b_context_len - b_query_len + i_local * BLOCK_Q
-
+    i_seq, b_start, b_num, b_first, b_stop = _find_queries(
+        p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q, ONE_BLOCK
+    )
     o_m = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
-    o_query = i_local * BLOCK_Q + o_m // GROUP
-    m_row = (o_m < BLOCK_Q * GROUP) & (o_query < b_query_len)
+    o_query = o_m // GROUP
+    m_row = (o_m < BLOCK_Q * GROUP) & (o_query < b_num)
     m_out = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
     # A row without a query sees nothing.
-    b_own = tl.where(m_row, b_first + o_m // GROUP, -1)
+    b_own = tl.where(m_row, b_first + o_query, -1)
     o_token = (b_start + o_query).to(tl.int64)
     o_head = i_head * GROUP + o_m % GROUP
-    b_stop = tl.minimum(b_first + BLOCK_Q, b_context_len)
-    b_stop = tl.where(i_local * BLOCK_Q < b_query_len, tl.maximum(b_stop, 0), 0)
     b_tile_start, b_tile_stop, b_runs = _run_of_tiles(
         b_first, b_stop, i_split, num_splits, min_tiles, BLOCK_N, WINDOW, HAS_LOCKS
     )
@@ -271,18 +271,11 @@ def _paged_attention_kernel(
     if IS_SPLIT:
         if b_runs > 1:
             if i_split < b_runs:
-                # A run without tiles stores nothing but its sum, of zero.
-                m_part = m_out & (b_tile_start < b_tile_stop)
-                b_lse = b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0))
-                o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
-                store_run(p_parts, p_lse, o_part, b_out, b_lse, m_part, m_row, HEAD_DIM)
-                if HAS_LOCKS:
-                    b_num_rows = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q) * GROUP
-                    reduce_if_last(
-                        p_locks + i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse,
-                        b_start + i_local * BLOCK_Q, b_num_rows, i_head, b_runs, num_splits,
-                        GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
-                    )  # fmt: skip
+                store_run(
+                    p_locks + i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum,
+                    b_start, b_num, o_token, i_head, o_head, m_row, m_out & (b_tile_start < b_tile_stop),
+                    i_split, b_runs, num_splits, GROUP, NUM_HEADS, HEAD_DIM, BLOCK_S, HAS_LOCKS, HAS_ORDER,
+                )  # fmt: skip
         elif i_split == 0:
             store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
     else:
@@ -399,8 +392,7 @@ def paged_attention(
         ValueError: A shape, a stride or a device does not fit.
         TypeError: A dtype does not fit.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = k_pages.codes.shape[1:3]
+    (num_tokens, num_heads, head_dim), (num_kv_heads, page_size) = q.shape, k_pages.codes.shape[1:3]
     num_seqs, table_width = page_table.shape
     group = num_heads // num_kv_heads
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=q.dtype, device=q.device)
@@ -410,8 +402,7 @@ def paged_attention(
     # A few queries' tile: one that decode does not waste and that prompts can live with.
     tile_queries = max(1, INVARIANT_ROWS // group) if invariant else max_query_len
     is_crowded = num_seqs * num_kv_heads > CROWD * num_sms(q.device) and not invariant
-    itemsize = _element_size(q, k_pages, v_pages)
-    name = arch(q.device)
+    itemsize, name = _element_size(q, k_pages, v_pages), arch(q.device)
     tiles = choose_tiles(tile_queries, group, head_dim, page_size, itemsize, schemes, name, is_crowded=is_crowded)
     block_q = tiles.block_m // group
     one_block = max_query_len <= block_q
@@ -419,7 +410,7 @@ def paged_attention(
     num_programs, min_tiles, splits = num_blocks * num_kv_heads, 1, 1 if invariant else splits
     has_locks = tiles.block_m <= 16 and num_programs <= MAX_LOCKS and not is_amd_target(q)
     if splits is None:
-        num_keys = table_width * page_size if window is None else min(table_width * page_size, window + block_q)
+        num_keys = min(table_width * page_size, table_width * page_size if window is None else window + block_q)
         splits = choose_splits(num_programs, num_keys // tiles.block_n, tiles.residents, q.device)
         min_tiles = max(1, num_programs // MIN_SHARE)
     parts = lse = locks = None

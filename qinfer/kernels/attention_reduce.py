@@ -39,15 +39,8 @@ def store_rows(
 
 
 @triton.jit
-def store_run(p_parts, p_lse, o_part, b_out, b_lse, m_part, m_row, HEAD_DIM: tl.constexpr):
-    """Store what one run has left for rows [M], at numbers o_part of parts and sums."""
-    tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, b_out.shape[1])[None, :], b_out, mask=m_part)
-    tl.store(p_lse + o_part, b_lse, mask=m_row)
-
-
-@triton.jit
 def _reduce_block(
-    p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, b_runs, num_splits,
+    p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +51,7 @@ def _reduce_block(
     m_g = o_g < GROUP
     m_out = m_g[:, None] & (o_d < HEAD_DIM)[None, :]
     o_head = i_head * GROUP + o_g
-    for i_query in range(b_num_rows // GROUP):
+    for i_query in range(b_num):
         i_token = (i_first + i_query).to(tl.int64)
         o_row = (i_token * NUM_HEADS + o_head) * num_splits
         m_lse = m_g[:, None] & (o_split < b_runs)[None, :]
@@ -84,39 +77,52 @@ def _reduce_block(
 
 
 @triton.jit
-def reduce_if_last(
-    p_lock, p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, b_runs, num_splits,
-    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
+def store_run(
+    p_lock, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum, i_first, b_num, o_token, i_head, o_head, m_row,
+    m_part, i_split, b_runs, num_splits, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Add up a block if this program is the last one to have stored its run.
+    """Store what a run has left of its block, and add the block up if this program is its last one to have come here.
 
     Args:
-        p_lock: how many programs of the block have arrived, left at zero.
+        p_lock: how many programs of the block have come, left at zero.
         p_parts: [T, H, runs, D].
         p_lse: [T, H, runs].
         p_out: [T, H * D].
         p_inverse: [H * D] where each feature goes, if HAS_ORDER.
+        b_out: [M, BLOCK_D], normalized.
+        b_max: [M] largest scores.
+        b_sum: [M] softmax sums in units of two to the largest score.
         i_first: first token of the block.
-        b_num_rows: rows of the block, GROUP query heads for each of its tokens.
+        b_num: tokens of the block, GROUP query heads each.
+        o_token: [M] token of each row.
         i_head: KV head of the block.
-        b_runs: runs of this block, at most num_splits.
+        o_head: [M] query head of each row.
+        m_row: [M] rows that have a query.
+        m_part: [M, BLOCK_D] what is stored: nothing of a run without tiles but its sum, of zero.
+        i_split: the run.
+        b_runs: runs of the block, at most num_splits.
         num_splits: runs that parts have room for.
         GROUP: query heads per KV head.
         NUM_HEADS: H.
         HEAD_DIM: D.
-        BLOCK_D: a power of two not below D.
         BLOCK_S: a power of two not below the number of runs.
+        HAS_LOCKS: whether the last program adds up; otherwise another kernel will.
         HAS_ORDER: whether features are permuted.
     """
-    # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
-    tl.debug_barrier()
-    if tl.atomic_add(p_lock, 1, sem="acq_rel") == b_runs - 1:
-        _reduce_block(
-            p_parts, p_lse, p_out, p_inverse, i_first, b_num_rows, i_head, b_runs, num_splits,
-            GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
-        )  # fmt: skip
-        tl.store(p_lock, 0)
+    BLOCK_D: tl.constexpr = b_out.shape[1]
+    o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
+    tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], b_out, mask=m_part)
+    tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
+    if HAS_LOCKS:
+        # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
+        tl.debug_barrier()
+        if tl.atomic_add(p_lock, 1, sem="acq_rel") == b_runs - 1:
+            _reduce_block(
+                p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
+                GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
+            )  # fmt: skip
+            tl.store(p_lock, 0)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
