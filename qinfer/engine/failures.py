@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 
 from qinfer.engine.job import Job
@@ -12,8 +12,8 @@ from qinfer.parallel.comm import Communicator
 class FailTogether:
     """Ends the requests of a step with "error" when an exception leaves the block, and lets the exception go on."""
 
-    def __init__(self, comm: Communicator, jobs: Sequence[Job], settle: Callable[[], None]) -> None:
-        """Guard the requests of a step; `settle` delivers what the step before gave."""
+    def __init__(self, comm: Communicator, jobs: Callable[[], list[Job]], settle: Callable[[], None]) -> None:
+        """Guard the requests of a step, named when it fails; `settle` delivers what the step before gave."""
         self._comm = comm
         self._jobs = jobs
         self._settle = settle
@@ -26,12 +26,13 @@ class FailTogether:
     ) -> None:
         """Deliver what the step before gave, then end what is not finished."""
         if error is not None:
+            jobs = self._jobs()
             # Other ranks may have come further, or less far.
             self._comm.fail(f"{type(error).__name__}: {error}")
             try:
                 self._settle()
             finally:
-                for job in self._jobs:
+                for job in jobs:
                     job.fail(error)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterator
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias, TypeVar, overload
@@ -389,7 +389,7 @@ class Generator:
             for sequence in self.scheduler.running:
                 sequence.guess()
         step = self.scheduler.schedule()
-        with FailTogether(self.model.comm, [self._jobs[sequence.request] for sequence, _ in step], self._settle):
+        with FailTogether(self.model.comm, lambda: [self._jobs[one.request] for one, _ in step], self._settle):
             if self._draft_runner is not None:
                 step = self._draft_runner.fill(step)
             launched = self.runner.launch(step) if step else None
@@ -408,24 +408,27 @@ class Generator:
         sampled, self._sampled = self._sampled, None
         if sampled is None:
             return
-        alive = [self._jobs[sequence.id] for sequence in sampled.sequences if sequence.state is not State.FINISHED]
         start = perf_counter()
-        with FailTogether(self.model.comm, alive, self._deliver):
+        with FailTogether(self.model.comm, lambda: self._alive(sampled), self._deliver):
             ids = sampled.ids()
         self.seconds_waited += perf_counter() - start
         logprobs = sampled.logprobs()
         for scores in sampled.scores:
             scores.tell()
         row = 0
-        for sequence, own in groupby(sampled.rows):
-            sampled_ids = ids[row : row + len(list(own))]
+        for sequence, count in zip(sampled.sequences, sampled.counts, strict=True):
             # A sequence that was rewound meanwhile expects nothing of this step either.
-            if sequence.state is not State.FINISHED and sequence.source >= 0:
+            if sequence.source >= 0 and sequence.state is not State.FINISHED:
                 before = len(sequence.generated)
-                self._news.append((self._jobs[sequence.id], sequence.accept(sampled_ids)))
+                self._news.append((self._jobs[sequence.id], sequence.accept(ids[row : row + count])))
                 if logprobs and sequence.params.logprobs is not None:
                     sequence.logprobs += [logprobs[row + i] for i in range(len(sequence.generated) - before)]
-            row += len(sampled_ids)
+            row += count
+
+    def _alive(self, sampled: Sampled) -> list[Job]:
+        """Return the requests to which a step told something, as far as they have not ended meanwhile."""
+        sequences = sampled.sequences + [scores.sequence for scores in sampled.scores]
+        return [self._jobs[sequence.id] for sequence in sequences if sequence.state is not State.FINISHED]
 
     def _deliver(self) -> None:
         """Turn new ids into events; a request that raises ends alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from qinfer.engine.bans import TokenTexts
 from qinfer.engine.sequence import Sequence, TokenLogprobs
@@ -34,8 +34,7 @@ class Completion:
     accepted_tokens: int = field(default=0, compare=False)  # guesses that were right
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What one step did for one request; the texts of a request's events join to the text of its completion."""
 
     job: int  # Job.id
@@ -76,6 +75,8 @@ class Job:
             detokenizer = Detokenizer(tokenizer, sequence.prompt[-_TAIL:], sequence.healed)
         self._texts = TokenTexts(detokenizer, sequence.params.banned_strings)
         self._stops = StopMatcher(sequence.params.stop)
+        # Whether each token is told as it comes, since nothing takes it back and no text ends the request.
+        self._is_open = not (sequence.params.banned_strings or sequence.params.stop)
         self._events = events
         self._release = release
         self._rewind = rewind
@@ -102,19 +103,24 @@ class Job:
     def deliver(self) -> None:
         """Tell in an event what is new in the sequence; end the request where one of its ids ends it."""
         sequence, text = self.sequence, ""
+        generated, most = sequence.generated, sequence.params.max_new_tokens
         if sequence.steering is not None:
             sequence.steering.check()
         reason: FinishReason | None = None
-        while self.completion is None and reason is None and self._num_read < len(sequence.generated):
-            token_id = sequence.generated[self._num_read]
+        while self.completion is None and reason is None and self._num_read < len(generated):
+            token_id = generated[self._num_read]
             self._num_read += 1
             is_end = token_id in sequence.ends
+            is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
+            is_last = is_end or is_whole or self._num_read == most
+            if self._is_open and not is_last:
+                text += self._texts.text_of(token_id)
+                self._num_told += 1
+                continue
             too_many = 0 if is_end else self._texts.push(token_id)
             if too_many:
                 self._take_back(too_many)
                 continue
-            is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
-            is_last = is_end or is_whole or self._num_read == sequence.params.max_new_tokens
             text += self._tell(self._texts.flush() if is_last else self._texts.free())
             if is_end and not self._stops.matched:
                 self._num_told += 1
@@ -129,7 +135,7 @@ class Job:
             new = slice(self._num_in_events, self._num_told)
             self._num_in_events = self._num_told
             logprobs = tuple(sequence.logprobs[new]) if sequence.logprobs else ()
-            self._events.append(Event(self.id, text, tuple(sequence.generated[new]), logprobs=logprobs))
+            self._events.append(Event(self.id, text, tuple(generated[new]), None, None, None, logprobs))
 
     def _tell(self, texts: list[str]) -> str:
         """Count tokens as told, up to one that completes a stop string, and return their text before it."""

@@ -10,6 +10,10 @@ a long prompt piece by piece (`window`), so that it never holds more than the wi
 
 A step serves one token to every sequence that is past its prompt, then prompt tokens in order: up to max_step_tokens,
 but beside running streams no more than max_mixed_tokens, because the streams wait for the step.
+
+Most steps are the one before, a token later: nobody came or left, filled a page or reached a limit. How many such steps
+follow is known when a step is made (`_quiet_steps`), and until then, or until somebody calls anything else, `schedule`
+returns the same list again, by which others know that nothing but positions has changed.
 """
 
 from __future__ import annotations
@@ -66,6 +70,8 @@ class Scheduler:
         self.window = Window(window, pages.page_size)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._step: list[tuple[Sequence, int]] = []
+        self._num_quiet = 0  # steps to come that are the last one again
 
     @property
     def has_work(self) -> bool:
@@ -84,18 +90,36 @@ class Scheduler:
         if len(sequence.members) > self.max_batch:
             raise ValueError(f"max_batch must be at least 2 for a negative_prompt, got {self.max_batch}")
         insort(self.waiting, sequence, key=Sequence.order)
+        self._num_quiet = 0
 
     def schedule(self) -> list[tuple[Sequence, int]]:
-        """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
+        """Admit what fits and return the step: sequences with their number of tokens, single tokens first.
+
+        The same list as before means the same sequences with one token each, and no page more or less.
+        """
+        if self._num_quiet:
+            self._num_quiet -= 1
+            return self._step
+        self._settle_pages()
+        self._admit()
+        self._step = self._next_step()
+        self._num_quiet = self._quiet_steps(self._step)
+        return self._step
+
+    def _settle_pages(self) -> None:
+        """Let others find the pages that are whole now, and give back those that no layer sees any more."""
+        page_size, prefix_cache, window = self.pages.page_size, self.prefix_cache, self.window.length
         for sequence in self.running:
-            is_due = sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size
-            if self.prefix_cache and (is_due or sequence.shadow is not None):
+            is_due = sequence.num_computed >= (sequence.num_published + 1) * page_size
+            if prefix_cache and (is_due or sequence.shadow is not None):
                 for one in sequence.members:
                     publish(self.pages, one)
-            if self.window.length is not None:
+            if window is not None:
                 for one in sequence.members:
                     self._free_behind(one)
-        self._admit()
+
+    def _next_step(self) -> list[tuple[Sequence, int]]:
+        """Return a token for everybody past the prompt, with drafts, and prompt tokens in order."""
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
         for sequence in tuple(self.running):
@@ -111,7 +135,8 @@ class Scheduler:
                 step.append((sequence, 1))
                 if shadow is not None:
                     step.append((shadow, 1))
-        step = self._with_drafts(step)
+        if any(sequence.drafts for sequence, _ in step):
+            step = self._with_drafts(step)
         budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
             budget = min(budget, self.max_mixed_tokens)
@@ -122,6 +147,25 @@ class Scheduler:
                 budget -= sum(count for _, count in chunks)
         return step
 
+    def _quiet_steps(self, step: list[tuple[Sequence, int]]) -> int:
+        """Return how many times a step can be made again, a token later, as `schedule` would make it anew.
+
+        Who waits cannot be admitted before somebody ends or gives pages back, and neither happens by itself.
+        """
+        # Pieces of prompts come last. Who runs and is not in the step waits for room, or for the id that ends it.
+        if not step or step[-1][1] > 1 or len(step) < len(self.running) or self.window.length is not None:
+            return 0
+        page_size, quiet = self.pages.page_size, self.pages.page_size
+        for sequence, _ in step:
+            num_tokens, num_computed = sequence.num_tokens, sequence.num_computed
+            if num_tokens - num_computed > 1 or sequence.drafter is not None or sequence.shadow is not None:
+                return 0
+            num_pages = len(sequence.pages)
+            if self.prefix_cache:
+                num_pages = min(num_pages, sequence.num_published + 1)
+            quiet = min(quiet, num_pages * page_size - num_computed - 1, sequence.max_tokens - num_tokens - 1)
+        return max(0, quiet)
+
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Take a sequence out, wherever it is, and return its pages."""
         if sequence.state is State.RUNNING:
@@ -130,6 +174,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             raise ValueError(f"sequence {sequence.id} is finished already ({sequence.finish_reason})")
+        self._num_quiet = 0
         # After an error nobody shall meet what it may have left behind.
         self._drop(sequence, known=reason != "error")
         sequence.state = State.FINISHED
@@ -141,6 +186,7 @@ class Scheduler:
         A sequence that would have to see pages which it gave back is computed again.
         """
         sequence.rewind(num_generated)
+        self._num_quiet = 0
         is_lost = False
         for one in sequence.members:
             del one.page_keys[one.num_known // self.pages.page_size :]
@@ -152,6 +198,7 @@ class Scheduler:
     def defragment(self) -> dict[int, int]:
         """Give the lowest numbers to the pages that hold something; return old to new numbers of what has to move."""
         moves = self.pages.defragment()
+        self._num_quiet = 0
         for one in (one for sequence in self.running for one in sequence.members):
             if not moves.keys().isdisjoint(one.pages):
                 one.pages = [moves.get(page, page) for page in one.pages]

@@ -181,20 +181,21 @@ class Sequence:
         Returns:
             Whether all that was to be taken was sampled; -1 is what was not.
         """
-        before, is_whole = len(self.generated), True
+        drafts, generated = self.drafts, self.generated
+        before, is_whole = len(generated), True
         for place, token_id in enumerate(sampled):
-            is_whole = token_id >= 0
-            if not is_whole:
+            if token_id < 0:
+                is_whole = False
                 break
-            self.generated.append(token_id)
-            if place < len(self.drafts) and token_id != self.drafts[place]:
+            generated.append(token_id)
+            if place < len(drafts) and token_id != drafts[place]:
                 break
         self.await_sample(-1)
         if self.steering is not None:
-            self.steering.follow(self.generated)
-        if self.drafts:
+            self.steering.follow(generated)
+        if drafts:
             assert self.drafter is not None
-            self.drafter.judge(len(self.drafts), max(0, len(self.generated) - before - 1))
+            self.drafter.judge(len(drafts), max(0, len(generated) - before - 1))
             self.drafts = []
             # What was computed behind the last right draft is written over.
             self.num_computed = self.num_known - 1
@@ -206,12 +207,23 @@ class Sequence:
         A row depends on the request and on the ids before it alone.
         """
         if not self.drafts:
-            return [self._row(self.generated)]
+            return [self.row()]
         rows = [self._row([*self.generated, *self.drafts[:place]]) for place in range(len(self.drafts) + 1)]
         self.sampler.rewind(len(self.generated))
         if self.steering is not None:
             self.steering.rewind(len(self.generated))
         return rows
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all rows from now on differ in their random number alone, as long as nothing is taken back."""
+        if self.steering is not None or self.bans or self.drafter is not None or self.params.logprobs is not None:
+            return False
+        return len(self.generated) >= max(1, self.params.min_new_tokens) and self.sampler.is_fixed
+
+    def row(self) -> Row:
+        """Return what the next token is sampled with, where nothing is drafted."""
+        return self._row(self.generated)
 
     def _row(self, generated: list[int]) -> Row:
         """Return what the token after these ids is sampled with."""

@@ -38,7 +38,7 @@ class Room(NamedTuple):
     @classmethod
     def of_pieces(cls, pieces: Sequence[Piece]) -> Room:
         """Return what pieces take without padding."""
-        return cls(sum(len(piece.token_ids) for piece in pieces), len(pieces), len(_logit_rows(pieces)))
+        return cls(sum(len(piece.token_ids) for piece in pieces), len(pieces), len(logit_rows(pieces)))
 
 
 @dataclass(frozen=True)
@@ -150,32 +150,40 @@ class Batch:
             raise ValueError("a batch must have at least one piece, got none")
         needed = [_num_pages(index, piece, page_size) for index, piece in enumerate(pieces)]
         lengths = [len(piece.token_ids) for piece in pieces]
-        logit_rows = _logit_rows(pieces)
+        rows = logit_rows(pieces)
         if pad_to is not None:
-            lengths, logit_rows = _padded(lengths, logit_rows, pad_to)
+            lengths, rows = padded(lengths, rows, pad_to)
         width = max(needed) if table_width is None else table_width
         if width < max(needed):
             raise ValueError(f"table_width must be at least {max(needed)} for these pieces, got {width}")
-        sizes = {"T": sum(lengths), "B": len(lengths), "W": width, "R": len(logit_rows)}
+        sizes = {"T": sum(lengths), "B": len(lengths), "W": width, "R": len(rows)}
         device = torch.device(device)
         host = torch.empty(cls.buffer_length(**sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         batch = cls.views(host, **sizes, max_query_len=max(lengths))
         batch.query_starts.numpy()[:] = [0, *accumulate(lengths)]
-        batch.logit_rows.numpy()[:] = logit_rows
-        batch._fill(pieces, needed, page_size)
+        batch.logit_rows.numpy()[:] = rows
+        batch.page_table.numpy()[:] = -1
+        batch.fill(pieces, page_size)
         # The caching host allocator keeps pinned memory from being reused until the copy is done.
         batch = cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=max(lengths))
         return replace(batch, has_adapters=True) if any(piece.adapter >= 0 for piece in pieces) else batch
 
-    def _fill(self, pieces: Sequence[Piece], needed: Sequence[int], page_size: int) -> None:
-        """Write tokens, positions, slots, lengths and page tables; rows without a piece become padding."""
+    def fill(self, pieces: Sequence[Piece], page_size: int, *, first_row: int = 0, first_token: int = 0) -> None:
+        """Write tokens, positions, slots, lengths and pages of pieces into a batch on the host; the rest is padding.
+
+        Args:
+            pieces: each of its own sequence.
+            page_size: tokens per page of the cache.
+            first_row: sequences before the first piece, which stay as they are.
+            first_token: tokens of those sequences.
+        """
         token_ids, positions, slots = self.token_ids.numpy(), self.positions.numpy(), self.slots.numpy()
         context_lens, page_table, adapters = self.context_lens.numpy(), self.page_table.numpy(), self.adapters.numpy()
-        first = 0
-        page_table[:] = -1
-        for row, (piece, num_pages) in enumerate(zip(pieces, needed, strict=True)):
+        first = first_token
+        for row, piece in enumerate(pieces, start=first_row):
             last = first + len(piece.token_ids)
             context_lens[row] = end = piece.start + len(piece.token_ids)
+            num_pages = _num_pages(row, piece, page_size)
             page_table[row, :num_pages] = piece.pages[:num_pages]
             token_ids[first:last] = piece.token_ids
             positions[first:last] = np.arange(piece.start, end)
@@ -187,7 +195,7 @@ class Batch:
         positions[first:] = 0
         slots[first:] = -1
         adapters[first:] = -1
-        context_lens[len(pieces) :] = 0
+        context_lens[first_row + len(pieces) :] = 0
 
 
 def _num_pages(index: int, piece: Piece, page_size: int) -> int:
@@ -210,23 +218,26 @@ def _num_pages(index: int, piece: Piece, page_size: int) -> int:
     return needed
 
 
-def _padded(lengths: Sequence[int], logit_rows: Sequence[int], room: Room) -> tuple[list[int], list[int]]:
-    """Return the tokens per sequence and the rows of logits with padding up to a room."""
-    num_tokens, num_sequences = sum(lengths), len(lengths)
-    used = Room(num_tokens, num_sequences, len(logit_rows))
+def padded(lengths: Sequence[int], rows: Sequence[int], room: Room) -> tuple[list[int], list[int]]:
+    """Return the tokens per sequence and the rows of logits with padding up to a room, laid out as `Batch.build` says.
+
+    Raises:
+        ValueError: the room is too small, or has tokens to spare and no sequence.
+    """
+    used = Room(sum(lengths), len(lengths), len(rows))
     if any(has > may for has, may in zip(used, room, strict=True)):
         raise ValueError(f"pad_to must have room for {used}, got {room}")
-    spare, rows = room.tokens - num_tokens, room.sequences - num_sequences
-    if spare and not rows:
+    spare, others = room.tokens - used.tokens, room.sequences - used.sequences
+    if spare and not others:
         raise ValueError(f"pad_to must have a sequence for {spare} tokens of padding, got {room}")
-    padding = [int(row < spare) for row in range(rows)]
-    if spare > rows:
-        padding[-1] += spare - rows
-    behind = (min(num_tokens + i, room.tokens - 1) for i in range(room.logits - len(logit_rows)))
-    return [*lengths, *padding], [*logit_rows, *behind]
+    padding = [1] * min(spare, others) + [0] * max(0, others - spare)
+    if spare > others:
+        padding[-1] += spare - others
+    behind = (min(used.tokens + i, room.tokens - 1) for i in range(room.logits - used.logits))
+    return [*lengths, *padding], [*rows, *behind]
 
 
-def _logit_rows(pieces: Sequence[Piece]) -> list[int]:
+def logit_rows(pieces: Sequence[Piece]) -> list[int]:
     """Return the rows of the pieces' tokens whose logits are wanted."""
     rows: list[int] = []
     first = 0

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qinfer.engine.rows import DecodeRows
+from qinfer.engine.rows import StepRows
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.sequence import Sequence
 from qinfer.models.batch import Batch, Piece, Room
@@ -29,7 +29,7 @@ def steps(draw: st.DrawFn) -> list[list[tuple[int, int]]]:
 
 @given(steps(), st.data())
 def test_refilled_rows_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int]]], data: st.DataObject) -> None:
-    rows = DecodeRows(ROWS, table_width=WIDTH, page_size=PAGE, pin=False)
+    rows = StepRows(Room.of_rows(ROWS), table_width=WIDTH, page_size=PAGE, pin=False)
     for step in plan:
         sequences = []
         for number, allocation in step:
@@ -49,7 +49,7 @@ def test_refilled_rows_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int
 
 
 def test_batch_stays_while_the_next_one_is_filled() -> None:
-    rows = DecodeRows(1, table_width=WIDTH, page_size=PAGE, pin=False)
+    rows = StepRows(Room.of_rows(1), table_width=WIDTH, page_size=PAGE, pin=False)
     first = rows.fill([sequence(0, 3, [7])])
     rows.fill([sequence(1, 2, [9])])
     assert (first.token_ids.tolist(), first.slots.tolist()) == ([3], [31])
