@@ -37,19 +37,22 @@ class FailTogether:
 
 
 class FailAlone:
-    """Ends one request with "error" when an exception leaves the block, which goes no further."""
+    """Ends the request that it guards with "error" when an exception leaves the block, which goes no further.
 
-    def __init__(self, job: Job) -> None:
-        """Guard one request."""
-        self._job = job
+    Attributes:
+        job: The request; set it to guard the next one inside the same block.
+    """
 
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
+    job: Job
+
+    def __enter__(self) -> FailAlone:
+        """Guard whichever request is set."""
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """Keep the error in the completion; what is no Exception, such as a keyboard interrupt, goes on."""
         if error is not None:
-            self._job.fail(error)
+            self.job.fail(error)
         return isinstance(error, Exception)

@@ -416,14 +416,14 @@ class Generator:
         for scores in sampled.scores:
             scores.tell()
         row = 0
-        for sequence, count in zip(sampled.sequences, sampled.counts, strict=True):
+        for sequence, num_rows in zip(sampled.sequences, sampled.counts, strict=True):
             # A sequence that was rewound meanwhile expects nothing of this step either.
             if sequence.source >= 0 and sequence.state is not State.FINISHED:
                 before = len(sequence.generated)
-                self._news.append((self._jobs[sequence.id], sequence.accept(ids[row : row + count])))
+                self._news.append((self._jobs[sequence.id], sequence.accept(ids[row : row + num_rows])))
                 if logprobs and sequence.params.logprobs is not None:
                     sequence.logprobs += [logprobs[row + i] for i in range(len(sequence.generated) - before)]
-            row += count
+            row += num_rows
 
     def _alive(self, sampled: Sampled) -> list[Job]:
         """Return the requests to which a step told something, as far as they have not ended meanwhile."""
@@ -432,12 +432,16 @@ class Generator:
 
     def _deliver(self) -> None:
         """Turn new ids into events; a request that raises ends alone."""
-        news, self._news = self._news, []
-        for job, is_whole in news:
-            with FailAlone(job):
-                job.deliver()
-                if not is_whole and not job.finished:
-                    raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")
+        news, self._news = iter(self._news), []
+        is_told = False
+        while not is_told:
+            with FailAlone() as guard:
+                for guard.job, is_whole in news:
+                    guard.job.deliver()
+                    if not is_whole and not guard.job.finished:
+                        place = guard.job.sequence.num_known - 1
+                        raise NonFiniteLogits(f"request {guard.job.id}, position {place}: {_NON_FINITE}")
+                is_told = True
 
 
 def _holds_prompts(prompts: Prompt | abc.Sequence[Prompt]) -> bool:

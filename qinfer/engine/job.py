@@ -75,8 +75,9 @@ class Job:
             detokenizer = Detokenizer(tokenizer, sequence.prompt[-_TAIL:], sequence.healed)
         self._texts = TokenTexts(detokenizer, sequence.params.banned_strings)
         self._stops = StopMatcher(sequence.params.stop)
-        # Whether each token is told as it comes, since nothing takes it back and no text ends the request.
-        self._is_open = not (sequence.params.banned_strings or sequence.params.stop)
+        params = sequence.params
+        # Whether tokens are told as they come: nothing takes them back, and no text ends the request.
+        self._is_open = not (params.banned_strings or params.stop or sequence.steering is not None)
         self._events = events
         self._release = release
         self._rewind = rewind
@@ -103,39 +104,44 @@ class Job:
     def deliver(self) -> None:
         """Tell in an event what is new in the sequence; end the request where one of its ids ends it."""
         sequence, text = self.sequence, ""
-        generated, most = sequence.generated, sequence.params.max_new_tokens
         if sequence.steering is not None:
             sequence.steering.check()
+        generated, ends, most = sequence.generated, sequence.ends, sequence.params.max_new_tokens
         reason: FinishReason | None = None
-        while self.completion is None and reason is None and self._num_read < len(generated):
+        while reason is None and self._num_read < len(generated) and self.completion is None:
             token_id = generated[self._num_read]
             self._num_read += 1
-            is_end = token_id in sequence.ends
-            is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
-            is_last = is_end or is_whole or self._num_read == most
-            if self._is_open and not is_last:
+            if self._is_open and self._num_read < most and token_id not in ends:
                 text += self._texts.text_of(token_id)
                 self._num_told += 1
-                continue
-            too_many = 0 if is_end else self._texts.push(token_id)
-            if too_many:
-                self._take_back(too_many)
-                continue
-            text += self._tell(self._texts.flush() if is_last else self._texts.free())
-            if is_end and not self._stops.matched:
-                self._num_told += 1
-            if is_end or is_whole or self._stops.matched:
-                reason = "stop"
-            elif is_last:
-                reason = "length"
+            else:
+                new, reason = self._weigh(token_id)
+                text += new
         if reason is not None:
             self._finish(reason, text + self._rest())
         elif self._num_told > self._num_in_events:
             self._told.append(text)
-            new = slice(self._num_in_events, self._num_told)
+            new_ids = tuple(generated[self._num_in_events : self._num_told])
+            logprobs = tuple(sequence.logprobs[self._num_in_events : self._num_told]) if sequence.logprobs else ()
             self._num_in_events = self._num_told
-            logprobs = tuple(sequence.logprobs[new]) if sequence.logprobs else ()
-            self._events.append(Event(self.id, text, tuple(generated[new]), None, None, None, logprobs))
+            self._events.append(Event(self.id, text, new_ids, None, None, None, logprobs))
+
+    def _weigh(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """Read an id that may end the text or have to be taken back: what may be told now, and why the request ends."""
+        sequence = self.sequence
+        is_end = token_id in sequence.ends
+        too_many = 0 if is_end else self._texts.push(token_id)
+        if too_many:
+            self._take_back(too_many)
+            return "", None
+        is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
+        is_last = is_end or is_whole or self._num_read == sequence.params.max_new_tokens
+        text = self._tell(self._texts.flush() if is_last else self._texts.free())
+        if is_end and not self._stops.matched:
+            self._num_told += 1
+        if is_end or is_whole or self._stops.matched:
+            return text, "stop"
+        return text, "length" if is_last else None
 
     def _tell(self, texts: list[str]) -> str:
         """Count tokens as told, up to one that completes a stop string, and return their text before it."""

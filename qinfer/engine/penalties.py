@@ -185,11 +185,6 @@ class Changes:
             self._allowed = np.unique(np.array(params.allowed_ids, np.int32))
             self._fixed.append(_offsets(self._allowed, np.zeros(len(self._allowed))))
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no step changes anything but by what it bans."""
-        return self._history is None and not self._fixed
-
     def at(self, generated: Sequence[int], banned: Sequence[int]) -> Edits | None:
         """Return the changes of the step after these ids, None when there are none."""
         parts = list(self._fixed)

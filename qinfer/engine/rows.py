@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import replace
-from itertools import accumulate
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qinfer.engine.sequence import Sequence
-from qinfer.models.batch import Batch, Piece, Room, logit_rows, padded
+from qinfer.models.batch import Arrays, Batch, Piece, Room
 
 _NUM_BUFFERS = 2
-
-Ints: TypeAlias = npt.NDArray[np.int32]
 
 
 class _Buffer:
@@ -32,34 +27,22 @@ class _Buffer:
         is_decode = room == Room.of_rows(room.sequences)
         self.batch = Batch.views(host, **sizes, max_query_len=1 if is_decode else room.tokens)
         self.adapted = replace(self.batch, has_adapters=True)
-        self.token_ids: Ints = self.batch.token_ids.numpy()
-        self.positions: Ints = self.batch.positions.numpy()
-        self.slots: Ints = self.batch.slots.numpy()
-        self.adapters: Ints = self.batch.adapters.numpy()
-        self.context_lens: Ints = self.batch.context_lens.numpy()
-        self.page_table: Ints = self.batch.page_table.numpy()
-        self.query_starts: Ints = self.batch.query_starts.numpy()
-        self.logit_rows: Ints = self.batch.logit_rows.numpy()
+        self.arrays = Arrays(self.batch)
         self.streams: Rows[Sequence] | None = None  # whose step it holds, where that had no pieces
         # Of each row: whose pages it holds, of which allocation, and how many.
         self.owners = [(-1, 0, 0)] * room.sequences
 
     def arrange(self, streams: Rows[Sequence], pieces: Rows[Piece], page_size: int) -> None:
         """Write all that stays the same when the same streams have their next step."""
-        count, room = len(streams), Room(len(self.token_ids), len(self.context_lens), len(self.logit_rows))
-        rows = [*range(count), *(count + row for row in logit_rows(pieces))]
-        lengths, rows = padded([1] * count + [len(piece.token_ids) for piece in pieces], rows, room)
-        self.query_starts[:] = [0, *accumulate(lengths)]
-        self.logit_rows[:] = rows
-        for row, sequence in enumerate(streams):
-            pages = sequence.pages
-            owner = (sequence.id, sequence.allocation, len(pages))
-            if self.owners[row] != owner:
-                self.page_table[row, : len(pages)] = pages
-                self.owners[row] = owner
-        self.owners[count : count + len(pieces)] = [(-1, 0, 0)] * len(pieces)
-        self.adapters[:count] = [sequence.adapter for sequence in streams]
-        self.batch.fill(pieces, page_size, first_row=count, first_token=count)
+        count, page_table = len(streams), self.arrays.page_table
+        owners = [(sequence.id, sequence.allocation, len(sequence.pages)) for sequence in streams]
+        if owners != self.owners[:count]:
+            for row, (owner, before, sequence) in enumerate(zip(owners, self.owners, streams, strict=False)):
+                if owner != before:
+                    page_table[row, : owner[2]] = sequence.pages
+        self.owners[: count + len(pieces)] = owners + [(-1, 0, 0)] * len(pieces)
+        self.arrays.fill(pieces, page_size, num_streams=count)
+        self.arrays.adapters[:count] = [sequence.adapter for sequence in streams]
         self.streams = None if pieces else streams
 
 
@@ -94,10 +77,11 @@ class StepRows:
         buffer, count = self._buffers[0], len(streams)
         if pieces or streams is not buffer.streams:
             buffer.arrange(streams, pieces, self._page_size)
-        buffer.token_ids[:count] = [sequence.newest for sequence in streams]
-        positions = buffer.positions[:count]
+        arrays = buffer.arrays
+        arrays.token_ids[:count] = [sequence.newest for sequence in streams]
+        positions = arrays.positions[:count]
         positions[:] = [sequence.num_computed for sequence in streams]
         page, offset = np.divmod(positions, self._page_size)
-        buffer.slots[:count] = buffer.page_table[self._arange[:count], page] * self._page_size + offset
-        np.add(positions, 1, out=buffer.context_lens[:count])
-        return buffer.adapted if buffer.adapters.max() >= 0 else buffer.batch
+        arrays.slots[:count] = arrays.page_table[self._arange[:count], page] * self._page_size + offset
+        np.add(positions, 1, out=arrays.context_lens[:count])
+        return buffer.adapted if arrays.adapters.max() >= 0 else buffer.batch

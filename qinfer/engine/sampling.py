@@ -98,13 +98,10 @@ class SamplerState:
         """Begin after the prompt."""
         self.params = params
         self.uniforms = UniformStream(params.seed)
+        self.is_fixed = params.is_fixed
+        self.numbers = _plain_numbers(params, 0.0) if self.is_fixed else ()
         self._changes = Changes(params, prompt)
         self._mirostat = Mirostat(params.mirostat_tau) if params.mirostat_tau and params.temperature else None
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether rows differ in their random number alone, and are drawn by the one op."""
-        return self.params.is_plain and self._changes.is_empty and self._mirostat is None
 
     def row(
         self,
@@ -170,9 +167,9 @@ class FixedRows:
 
     def __init__(self, states: Sequence[SamplerState]) -> None:
         """Lay out the rows of requests whose `is_fixed` is True."""
-        self._uniforms = [state.uniforms.at if state.params.temperature else None for state in states]
-        self._is_greedy = all(uniform is None for uniform in self._uniforms)
-        self._table = _plain_table([(state.params, 0.0) for state in states])
+        self._states = states
+        self._is_greedy = all(state.params.temperature == 0 for state in states)
+        self._table = np.array([] if self._is_greedy else [state.numbers for state in states], np.float64)
 
     def sample(self, logits: Tensor, steps: Sequence[int]) -> Tensor:
         """Choose one token per row, as `sample` does.
@@ -184,11 +181,11 @@ class FixedRows:
         Returns:
             [R] int64 ids, -1 where the logits are not finite.
         """
-        if logits.shape[0] != len(self._uniforms):
-            raise ValueError(f"logits must be [{len(self._uniforms)}, V], one row per request, got {[*logits.shape]}")
+        if logits.shape[0] != len(self._states):
+            raise ValueError(f"logits must be [{len(self._states)}, V], one row per request, got {[*logits.shape]}")
         if self._is_greedy:
             return _sample_greedy(logits)
-        self._table[:, -1] = [0.0 if at is None else at(step) for at, step in zip(self._uniforms, steps, strict=True)]
+        self._table[:, -1] = [state.uniforms.at(step) for state, step in zip(self._states, steps, strict=True)]
         return _sample_table(logits, self._table)
 
 

@@ -122,12 +122,14 @@ class Scheduler:
         """Return a token for everybody past the prompt, with drafts, and prompt tokens in order."""
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
+        page_size = self.pages.page_size
         for sequence in tuple(self.running):
             num_tokens, shadow = sequence.num_tokens, sequence.shadow
             is_prompt = num_tokens - sequence.num_computed > 1 or (shadow is not None and shadow.num_pending > 1)
             if sequence.state is State.RUNNING and (is_prompt or num_tokens < sequence.max_tokens):
+                is_full = sequence.num_computed >= len(sequence.pages) * page_size or shadow is not None
                 # Whoever has to give way comes later in the order, and is in no step yet.
-                if not self._grow(sequence):
+                if is_full and not self._grow(sequence):
                     continue
                 if is_prompt:
                     prompts.append(sequence)
@@ -248,8 +250,6 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the next token; say whether the sequence still runs, or had to give way itself."""
         page_size = self.pages.page_size
-        if sequence.shadow is None and sequence.num_computed < len(sequence.pages) * page_size:
-            return True
         for one in sequence.members:
             while one.num_computed >= len(one.pages) * page_size:
                 try:

@@ -63,6 +63,10 @@ class Sequence:
     num_preempted: int = 0  # times that it had to give its pages back
     state: State = State.WAITING
     finish_reason: str | None = None
+    max_tokens: int = field(init=False)  # that it can grow to
+
+    def __post_init__(self) -> None:
+        self.max_tokens = len(self.prompt) + self.params.max_new_tokens
 
     @property
     def num_known(self) -> int:
@@ -78,11 +82,6 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that are not yet computed: the rest of the prompt, or the token sampled last."""
         return self.num_tokens - self.num_computed
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens the sequence can grow to."""
-        return len(self.prompt) + self.params.max_new_tokens
 
     @property
     def wants_more(self) -> bool:
@@ -181,24 +180,33 @@ class Sequence:
         Returns:
             Whether all that was to be taken was sampled; -1 is what was not.
         """
-        drafts, generated = self.drafts, self.generated
-        before, is_whole = len(generated), True
+        self.await_sample(-1)
+        if self.drafts:
+            return self._accept_drafts(sampled)
+        is_whole = sampled[0] >= 0
+        if is_whole:
+            self.generated.append(sampled[0])
+            if self.steering is not None:
+                self.steering.follow(self.generated)
+        return is_whole
+
+    def _accept_drafts(self, sampled: Ids[int]) -> bool:
+        """Take ids as `accept` does, and let the drafter know how its guess went."""
+        assert self.drafter is not None
+        drafts, before, is_whole = self.drafts, len(self.generated), True
         for place, token_id in enumerate(sampled):
-            if token_id < 0:
-                is_whole = False
+            is_whole = token_id >= 0
+            if not is_whole:
                 break
-            generated.append(token_id)
+            self.generated.append(token_id)
             if place < len(drafts) and token_id != drafts[place]:
                 break
-        self.await_sample(-1)
         if self.steering is not None:
-            self.steering.follow(generated)
-        if drafts:
-            assert self.drafter is not None
-            self.drafter.judge(len(drafts), max(0, len(generated) - before - 1))
-            self.drafts = []
-            # What was computed behind the last right draft is written over.
-            self.num_computed = self.num_known - 1
+            self.steering.follow(self.generated)
+        self.drafter.judge(len(drafts), max(0, len(self.generated) - before - 1))
+        self.drafts = []
+        # What was computed behind the last right draft is written over.
+        self.num_computed = self.num_known - 1
         return is_whole
 
     def rows(self) -> list[Row]:
@@ -213,13 +221,6 @@ class Sequence:
         if self.steering is not None:
             self.steering.rewind(len(self.generated))
         return rows
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether all rows from now on differ in their random number alone, as long as nothing is taken back."""
-        if self.steering is not None or self.bans or self.drafter is not None or self.params.logprobs is not None:
-            return False
-        return len(self.generated) >= max(1, self.params.min_new_tokens) and self.sampler.is_fixed
 
     def row(self) -> Row:
         """Return what the next token is sampled with, where nothing is drafted."""

@@ -65,7 +65,9 @@ def _streams(step: Step) -> list[Sequence]:
 
 def _asked(sequences: Rows[Sequence], counts: Rows[int]) -> dict[int, int]:
     """Return the rows of sequences that want logprobs, and how many of the likeliest ids each wants to know."""
-    asked, row = {}, 0
+    asked, row = dict[int, int](), 0
+    if all(sequence.params.logprobs is None for sequence in sequences):
+        return asked
     for sequence, count in zip(sequences, counts, strict=True):
         wanted = sequence.params.logprobs
         if wanted is not None:
@@ -154,8 +156,8 @@ class StepRunner:
         self._rows: dict[Room, StepRows] = {}
         self._step: Step = []  # the last one
         self._streams: list[Sequence] = []  # the sequences at its beginning that compute one token
-        self._chosen: list[Sequence] = []  # the sequences whose tokens were sampled last
-        self._fixed: FixedRows | None = None  # their rows, where the same sequences come again and rows stay
+        self._chosen: list[Sequence] = []  # the sequences of the last step whose rows were fixed
+        self._fixed: FixedRows | None = None  # those rows
         self._sampled = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
         self._on_gpu = model.device.type == "cuda"
         # Two, because the ids of one step are read after the copy of the next may have been launched.
@@ -223,11 +225,12 @@ class StepRunner:
     def _choose(self, launched: Launched) -> tuple[list[Sequence], list[int], Tensor, Tensor]:
         """Sample the next tokens: who gets them, in how many rows, [R, V] what the model says there, and [R] ids."""
         sequences = launched.sequences
-        fixed = self._fixed_rows(sequences)
-        if fixed is not None:
+        if sequences and all(sequence.sampler.is_fixed and not sequence.drafts for sequence in sequences):
+            if self._fixed is None or sequences != self._chosen:
+                self._chosen, self._fixed = sequences, FixedRows([sequence.sampler for sequence in sequences])
             for row, sequence in enumerate(sequences):
                 sequence.source = row
-            ids = fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
+            ids = self._fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
             return sequences, [1] * len(sequences), launched.logits, ids
         said, logits = guided(sequences, launched.logits)
         leaders = [sequence for sequence in sequences if sequence.id >= 0]
@@ -241,14 +244,6 @@ class StepRunner:
                 rows.append(sequence.row())
                 counts.append(1)
         return leaders, counts, said, sample(logits, rows) if rows else logits.new_empty(0, dtype=torch.int64)
-
-    def _fixed_rows(self, sequences: list[Sequence]) -> FixedRows | None:
-        """Return the rows of sequences that come again and look at nothing but how many ids they have."""
-        if sequences is not self._chosen:
-            self._chosen, self._fixed = sequences, None
-        elif self._fixed is None and all(sequence.is_fixed for sequence in sequences):
-            self._fixed = FixedRows([sequence.sampler for sequence in sequences])
-        return self._fixed
 
     def _arrival(self) -> torch.cuda.Event | None:
         """Return the event of what was launched last, for which the host can wait; None on a CPU."""
