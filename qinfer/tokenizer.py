@@ -193,8 +193,8 @@ class Tokenizer:
 class OwnTexts(dict[int, tuple[str, str] | None]):
     """What each id adds to a text behind another id that is here, and its text alone; None where neighbours matter.
 
-    Most decoders only join what stands for each token, but for a space that they drop at the start of the whole text, and
-    tokens whose bytes are no whole characters. An entry is made when it is first asked for.
+    Most decoders join what stands for each token, but for a space that they drop at the start of the whole text, and
+    for tokens whose bytes are no whole characters. An entry is made when it is first asked for.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, decode: Callable[[list[int]], str]) -> None:

@@ -23,8 +23,10 @@ _LONG_RUN = 12
 class Decodes(Protocol):
     """The part of a tokenizer that turns ids into text."""
 
-    # What an id adds behind another one that is here, and its text alone; None where neighbours matter.
-    own_texts: Mapping[int, tuple[str, str] | None]
+    @property
+    def own_texts(self) -> Mapping[int, tuple[str, str] | None]:
+        """What each id adds behind another one that is here, and its text alone; None where neighbours matter."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens."""
