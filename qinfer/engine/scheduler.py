@@ -8,8 +8,9 @@ on their way to it.
 Where every layer of the model has a window, a sequence gives the pages behind it back while it runs, and takes those of
 a long prompt piece by piece (`window`), so that it never holds more than the window and what a step adds.
 
-A step serves one token to every sequence that is past its prompt, then prompt tokens in order: up to max_step_tokens,
-but beside running streams no more than max_mixed_tokens, because the streams wait for the step.
+A step serves one token to every sequence that is past its prompt, then prompt tokens in order, up to max_step_tokens.
+Streams wait for the step, so beside them prompts get the share of it that streams leave of the batch, and
+max_mixed_tokens in any case: one stream does not hold up the prompts of 63 others, and 60 wait no longer than needed.
 
 Most steps are the one before, a token later: nobody came or left, filled a page or reached a limit. How many such steps
 follow is known when a step is made (`_quiet_steps`), and until then, or until somebody calls anything else, `schedule`
@@ -52,7 +53,7 @@ class Scheduler:
             pages: The pool from which sequences take their pages.
             max_batch: Most sequences that run at a time.
             max_step_tokens: Most tokens in a step, prompts and generated ones together.
-            max_mixed_tokens: Most prompt tokens in a step in which other sequences decode.
+            max_mixed_tokens: Most prompt tokens in a step in which as many other sequences decode as may run.
             prefix_cache: Whether sequences share pages with the same beginning, running or finished.
             window: Most positions that any layer sees; None where one sees all.
         """
@@ -141,7 +142,8 @@ class Scheduler:
             step = self._with_drafts(step)
         budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
-            budget = min(budget, self.max_mixed_tokens)
+            share = self.max_step_tokens * (self.max_batch - len(step)) // self.max_batch
+            budget = min(budget, max(share, self.max_mixed_tokens))
         for sequence in prompts:
             if budget and sequence.state is State.RUNNING:
                 chunks = self._chunks(sequence, budget)

@@ -173,6 +173,11 @@ class StepRunner:
                 max_mixed_tokens=max_mixed_tokens + max_batch,
             )
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the step launched last had pieces of prompts or drafts in it."""
+        return len(self._streams) < len(self._step)
+
     def launch(self, step: Step) -> Launched:
         """Launch the forward pass of a step; sequences count its tokens as computed from now on.
 
