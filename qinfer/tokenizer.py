@@ -7,6 +7,7 @@ for a regular expression that runs away. Chat templates are run by chat_template
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,6 +20,7 @@ from qinfer.chat_template import DEFAULT, ChatTemplates
 from qinfer.checkpoint import read_json
 from qinfer.errors import CheckpointError
 
+_UNFINISHED = "\ufffd"  # what decoders give for bytes that are no character
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -30,6 +32,7 @@ class Tokenizer:
         eos_ids: the end-of-text ids that the tokenizer's own files name.
         chat_template: the source of the default chat template, None if the checkpoint has none.
         special_tokens: names such as "bos_token" to their text, as chat templates see them.
+        own_texts: the texts of ids that do not depend on their neighbours.
     """
 
     vocab_size: int
@@ -47,6 +50,7 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special_tokens = _special_tokens(config, folder)
         self.eos_ids = self._eos_ids()
+        self.own_texts = OwnTexts(backend, self.decode)
         self._templates = ChatTemplates(_chat_templates(config, folder), self.special_tokens)
         self.chat_template = self._templates.sources.get(DEFAULT, (None, folder))[0]
 
@@ -184,6 +188,48 @@ class Tokenizer:
             file = self._folder / "tokenizer_config.json"
             raise CheckpointError(file, None, f"eos_token {token!r} is not in tokenizer.json")
         return frozenset({token_id})
+
+
+class OwnTexts(dict[int, tuple[str, str] | None]):
+    """What each id adds to a text behind another id that is here, and its text alone; None where neighbours matter.
+
+    Most decoders join what stands for each token, but for a space that they drop at the start of the whole text, and
+    for tokens whose bytes are no whole characters. An entry is made when it is first asked for.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, decode: Callable[[list[int]], str]) -> None:
+        """Ask for texts by `decode`, where the decoder of `backend` joins."""
+        super().__init__()
+        self._decode = decode
+        self._joins = _joins(backend.decoder)
+        # Newer releases of the library decode them apart from the others.
+        self._added = frozenset(backend.get_added_tokens_decoder())
+
+    def __missing__(self, token_id: int) -> tuple[str, str] | None:
+        self[token_id] = text = self._find(token_id)
+        return text
+
+    def _find(self, token_id: int) -> tuple[str, str] | None:
+        if not self._joins or token_id in self._added:
+            return None
+        alone, twice = self._decode([token_id]), self._decode([token_id] * 2)
+        return None if not alone or _UNFINISHED in twice else (twice[len(alone) :], alone)
+
+
+def _joins(decoder: tokenizers.decoders.Decoder | None) -> bool:
+    """Say whether a decoder joins the texts of tokens, but for the start of the text and bytes of a character."""
+    if decoder is None:
+        return False
+    # The library offers no other way to read what a decoder is.
+    stages = json.loads(decoder.__getstate__())
+    is_fused = False
+    for stage in stages["decoders"] if stages["type"] == "Sequence" else [stages]:
+        is_strip_of_start = stage["type"] == "Strip" and stage["stop"] == 0
+        joins = stage["type"] in ("ByteLevel", "Replace", "ByteFallback", "Fuse", "Metaspace") and not is_fused
+        if not (joins or is_strip_of_start):
+            return False
+        is_fused |= stage["type"] == "Fuse"
+    return True
 
 
 def _special_tokens(config: Mapping[str, Any], folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qinfer.bench import compare, model, op, plot, serve, summary, tune
+from qinfer.bench import compare, drafts, model, op, plot, serve, summary, tune
 from qinfer.errors import QinferError
 
 
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     programs = parser.add_subparsers(dest="program", metavar="BENCHMARK")
     model.add_parser(programs)
     serve.add_parser(programs)
+    drafts.add_parser(programs)
     op.add_parser(programs)
     tune.add_parser(programs)
     compare.add_parser(programs)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +88,15 @@ class Trace:
         return [(after - before) * 1e3 for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
+@dataclass(frozen=True)
+class Step:
+    """How long a step took, and how much of that the host worked instead of waiting for the device."""
+
+    ms: float
+    host_ms: float
+    is_mixed: bool  # with pieces of prompts or drafts beside streams, or alone
+
+
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write."""
     device = torch.device(options.device) if options.device else default_device()
@@ -108,7 +118,6 @@ def run(options: argparse.Namespace) -> int:
         generator.warm_up()
     warm_up_s = time.perf_counter() - start
     clients = None if options.rate else options.clients
-    waited = generator.seconds_waited
     traces, steps, wall_s = serve(generator, plan, clients=clients, temperature=options.temperature)
     result = {
         "bench": "serve",
@@ -125,9 +134,7 @@ def run(options: argparse.Namespace) -> int:
         "draft_tokens": options.draft_tokens,
         "max_tokens": generator.pages.num_pages * generator.pages.page_size,
         "warm_up_s": warm_up_s,
-        "steps": len(steps),
-        "step_ms": quantiles(steps),
-        "host_ms_per_step": (sum(steps) - (generator.seconds_waited - waited) * 1e3) / len(steps),
+        **step_summary(steps),
         **summary(traces, wall_s),
         **environment(device),
     }
@@ -160,12 +167,12 @@ def _plan(options: argparse.Namespace, vocab_size: int) -> list[Request]:
 
 def serve(
     generator: Generator, plan: Iterable[Request], *, clients: int | None, temperature: float
-) -> tuple[list[Trace], list[float], float]:
-    """Run a plan and return what each request met, the milliseconds of every step, and the seconds of all."""
+) -> tuple[list[Trace], list[Step], float]:
+    """Run a plan and return what each request met, every step, and the seconds of all."""
     waiting = deque(plan)
     open_traces: dict[int, Trace] = {}
     traces: list[Trace] = []
-    steps: list[float] = []
+    steps: list[Step] = []
     start = time.perf_counter()
     while waiting or open_traces:
         now = time.perf_counter() - start
@@ -180,10 +187,11 @@ def serve(
         if not open_traces:
             time.sleep(max(0.0, (waiting[0].arrival or 0.0) - now))
             continue
-        began = time.perf_counter()
+        waited, began = generator.seconds_waited, time.perf_counter()
         events = generator.step()
         ended = time.perf_counter()
-        steps.append((ended - began) * 1e3)
+        worked = ended - began - (generator.seconds_waited - waited)
+        steps.append(Step((ended - began) * 1e3, worked * 1e3, generator.runner.is_mixed))
         for event in events:
             open_traces[event.job].record(event, ended - start)
             if event.error is not None:
@@ -191,6 +199,23 @@ def serve(
             if event.completion is not None:
                 del open_traces[event.job]
     return traces, steps, time.perf_counter() - start
+
+
+def step_summary(steps: Sequence[Step]) -> dict[str, object]:
+    """Return the figures of steps in milliseconds, those of streams alone and those with pieces of prompts apart."""
+    figures: dict[str, object] = {
+        "steps": len(steps),
+        "step_ms": quantiles([step.ms for step in steps]),
+        "host_ms_per_step": fmean(step.host_ms for step in steps),
+    }
+    for name, is_mixed in (("decode", False), ("mixed", True)):
+        some = [step for step in steps if step.is_mixed == is_mixed]
+        if some:
+            figures[f"{name}_steps"] = len(some)
+            figures[f"{name}_step_ms"] = quantiles([step.ms for step in some])
+            figures[f"host_ms_per_{name}_step"] = fmean(step.host_ms for step in some)
+            figures[f"{name}_host_ms"] = quantiles([step.host_ms for step in some])
+    return figures
 
 
 def summary(traces: Sequence[Trace], wall_s: float) -> dict[str, object]:
@@ -205,12 +230,21 @@ def summary(traces: Sequence[Trace], wall_s: float) -> dict[str, object]:
         "ttft_ms": quantiles([trace.first_ms for trace in traces]),
         "tpot_ms": quantiles([trace.per_token_ms for trace in traces if trace.num_tokens > 1]),
         "itl_ms": quantiles([gap for trace in traces for gap in trace.gaps_ms]),
-        "first_request_ttft_ms": traces[0].first_ms,
+        **_prefix_summary(traces),
         "cached_tokens": sum(out.cached_tokens for out in completions),
         "drafted_tokens": sum(out.drafted_tokens for out in completions),
         "accepted_tokens": sum(out.accepted_tokens for out in completions),
         "preemptions": sum(trace.job.sequence.num_preempted for trace in traces),
     }
+
+
+def _prefix_summary(traces: Sequence[Trace]) -> dict[str, object]:
+    """Return TTFT of requests that found nothing in the pool and of those that found their beginning, milliseconds."""
+    warm, cold = ([t.first_ms for t in traces if bool(t.job.sequence.cached_tokens) == w] for w in (True, False))
+    figures: dict[str, object] = {"cold_ttft_ms": quantiles(cold), "warm_ttft_ms": quantiles(warm)}
+    if cold and warm:
+        figures["warm_to_cold_ttft"] = median(warm) / median(cold)
+    return figures
 
 
 def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:

@@ -30,10 +30,14 @@ class TokenTexts:
         self._held: list[_Held] = []
         self._free: list[str] = []  # without banned strings
 
+    def text_of(self, token_id: int) -> str:
+        """Take the next token, where there are no banned strings, and return the text that became final with it."""
+        return "" if self._detokenizer is None else self._detokenizer.push(token_id)
+
     def push(self, token_id: int) -> int:
         """Take the next token and return how many of the latest have to be taken back, usually none."""
         if self._detokenizer is None or not self._banned:
-            self._free.append("" if self._detokenizer is None else self._detokenizer.push(token_id))
+            self._free.append(self.text_of(token_id))
             return 0
         before = self._detokenizer.copy()
         self._held.append(_Held(self._detokenizer.push(token_id), before))

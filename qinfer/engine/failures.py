@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 
 from qinfer.engine.job import Job
@@ -12,8 +12,8 @@ from qinfer.parallel.comm import Communicator
 class FailTogether:
     """Ends the requests of a step with "error" when an exception leaves the block, and lets the exception go on."""
 
-    def __init__(self, comm: Communicator, jobs: Sequence[Job], settle: Callable[[], None]) -> None:
-        """Guard the requests of a step; `settle` delivers what the step before gave."""
+    def __init__(self, comm: Communicator, jobs: Callable[[], list[Job]], settle: Callable[[], None]) -> None:
+        """Guard the requests of a step, named when it fails; `settle` delivers what the step before gave."""
         self._comm = comm
         self._jobs = jobs
         self._settle = settle
@@ -26,29 +26,33 @@ class FailTogether:
     ) -> None:
         """Deliver what the step before gave, then end what is not finished."""
         if error is not None:
+            jobs = self._jobs()
             # Other ranks may have come further, or less far.
             self._comm.fail(f"{type(error).__name__}: {error}")
             try:
                 self._settle()
             finally:
-                for job in self._jobs:
+                for job in jobs:
                     job.fail(error)
 
 
 class FailAlone:
-    """Ends one request with "error" when an exception leaves the block, which goes no further."""
+    """Ends the request that it guards with "error" when an exception leaves the block, which goes no further.
 
-    def __init__(self, job: Job) -> None:
-        """Guard one request."""
-        self._job = job
+    Attributes:
+        job: The request; set it to guard the next one inside the same block.
+    """
 
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
+    job: Job
+
+    def __enter__(self) -> FailAlone:
+        """Guard whichever request is set."""
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """Keep the error in the completion; what is no Exception, such as a keyboard interrupt, goes on."""
         if error is not None:
-            self._job.fail(error)
+            self.job.fail(error)
         return isinstance(error, Exception)

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterator
-from itertools import count, groupby
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeAlias, TypeVar, overload
-
-import torch
-from torch import Tensor
+from typing import Any, TypeVar, overload
 
 from qinfer.engine import session
-from qinfer.engine.draft import NgramDraft
-from qinfer.engine.draft_model import DraftModel, DraftRunner, Reservation, longest_window
+from qinfer.engine.draft_model import DraftModel, DraftRunner, longest_window
 from qinfer.engine.failures import FailAlone, FailTogether
 from qinfer.engine.front import AsyncFront
-from qinfer.engine.guidance import shadow_of
+from qinfer.engine.intake import Intake, Prompt
 from qinfer.engine.job import Completion, Event, Job
 from qinfer.engine.pages import PageTable
 from qinfer.engine.prefix import publish
-from qinfer.engine.sampling import SamplerState, SamplingParams
+from qinfer.engine.sampling import SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
-from qinfer.engine.steering import Steering
 from qinfer.engine.steps import Sampled, StepRunner
 from qinfer.engine.turns import Turns, heard
 from qinfer.errors import NonFiniteLogits, UnsupportedError
@@ -36,7 +30,6 @@ from qinfer.models.lora import Lora
 from qinfer.models.model import Model
 
 T = TypeVar("T")
-Prompt: TypeAlias = str | abc.Sequence[int]
 
 _NON_FINITE = (
     "the model gave NaN or infinite logits. "
@@ -118,7 +111,7 @@ class Generator:
         self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's
         self._front = AsyncFront(self._advance)
         self.turns = Turns(model.comm, settings)
-        self._ids = count()
+        self._intake = Intake(model, draft=draft, pages=self.pages, window=self.scheduler.window, turns=self.turns)
         self._jobs: dict[int, Job] = {}
         self._events: list[Event] = []
 
@@ -156,7 +149,7 @@ class Generator:
             ValueError: If the prompt is empty, holds an id that the model does not have, or is too long, or the adapter
                 is not loaded.
         """
-        sequence = self._sequence(prompt, params, lora)
+        sequence = self._intake.sequence(prompt, params, lora)
         sequence.priority = priority
         return self._enqueue(sequence, self._events)
 
@@ -211,7 +204,7 @@ class Generator:
             if len(given) != len(prompts):
                 raise ValueError(f"{name} must be one or a list of {len(prompts)}, one per prompt, got {len(given)}")
         # All are checked before the first is queued.
-        sequences = [self._sequence(*given) for given in zip(prompts, several, loras, strict=True)]
+        sequences = [self._intake.sequence(*given) for given in zip(prompts, several, loras, strict=True)]
         jobs = [self._enqueue(sequence, []) for sequence in sequences]
         try:
             while not all(job.finished for job in jobs):
@@ -226,7 +219,7 @@ class Generator:
         self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora | None = None
     ) -> Iterator[Event]:
         """Complete one prompt and yield its events; closing the iterator cancels the request."""
-        return self._stream(self._sequence(prompt, params, lora))
+        return self._stream(self._intake.sequence(prompt, params, lora))
 
     def astream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, lora: Lora | None = None
@@ -236,7 +229,7 @@ class Generator:
         Steps run in a thread. While a stream is open, use no other method of the generator. A request that fails has
         the error in its last event.
         """
-        sequence = self._sequence(prompt, params, lora)
+        sequence = self._intake.sequence(prompt, params, lora)
         sequence.priority = priority
         return self._front.stream(lambda events: self._enqueue(sequence, events))
 
@@ -272,7 +265,7 @@ class Generator:
             if text.sequence.state is State.RUNNING and self.scheduler.prefix_cache:
                 publish(self.pages, text.sequence)
             text = [*text.sequence.prompt, *text.sequence.generated]
-        return session.save(Path(path), self._encode(text), self.model, self.cache, self.pages)
+        return session.save(Path(path), self._intake.encode(text), self.model, self.cache, self.pages)
 
     def load_session(self, path: str | Path) -> list[int]:
         """Read a file of `save_session`; return its ids, whose pages prompts find from now on (`session.load`)."""
@@ -287,76 +280,12 @@ class Generator:
         """Do on this rank what rank 0 does in a step: see engine/turns.py for what it tells."""
         for request in requests:
             lora, params = self.model.find_lora(request["lora"]), heard(request, self.model.tokenizer)
-            sequence = self._sequence(request["prompt"], params, lora, number=request["id"])
+            sequence = self._intake.sequence(request["prompt"], params, lora, number=request["id"])
             sequence.priority = request["priority"]
             self._enqueue(sequence, [])
         for number in cancelled:
             self._jobs[number].cancel()
         self._advance()
-
-    def _sequence(
-        self, prompt: Prompt, params: SamplingParams | None, lora: Lora | None, *, number: int | None = None
-    ) -> Sequence:
-        """Check a request against the model and the pool."""
-        params = params or SamplingParams()
-        if lora is not None:
-            self.model.check_lora(lora)
-        params.check_vocabulary(self.model.config.vocab_size)
-        ids = tuple(self.model.check_token_ids(self._encode(prompt)))
-        for name in ("stop", "banned_strings", "token_healing"):
-            if getattr(params, name) and self.model.tokenizer is None:
-                raise ValueError(
-                    f"{name}={getattr(params, name)!r} needs a tokenizer and the model has none; "
-                    "stop_ids, banned_ids and allowed_ids work without"
-                )
-        negative = None
-        if params.is_guided and params.negative_prompt is not None:
-            negative = self.model.check_token_ids(self._encode(params.negative_prompt))
-            self._check_length("negative_prompt", len(negative), params)
-        self._check_length("prompt", len(ids), params)
-        ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
-        healed, healing = self._healing(ids) if params.token_healing else ((), None)
-        ids = ids[: len(ids) - len(healed)]
-        number = next(self._ids) if number is None else number
-        sequence = Sequence(number, ids, params, SamplerState(params, ids), ends, healed, healing, lora=lora)
-        if params.constraint is not None:
-            self.turns.check(params.constraint, self.model.tokenizer)
-            sequence.steering = Steering(params.constraint, ends, self.model.config.vocab_size)
-        if negative is not None:
-            sequence.shadow = shadow_of(sequence, negative)
-        # Mirostat has to see each id before it can judge the next; a guess would be computed for two texts.
-        elif self.draft and not (params.mirostat_tau and params.temperature):
-            sequence.drafter = NgramDraft(self.draft) if isinstance(self.draft, int) else Reservation(self.draft)
-        return sequence
-
-    def _check_length(self, name: str, length: int, params: SamplingParams) -> None:
-        """Raise a ValueError if a prompt and what may follow it is too long."""
-        total = length + params.max_new_tokens
-        asked = f"{length} {name} tokens + max_new_tokens={params.max_new_tokens} are {total} tokens"
-        limit = self.model.config.max_positions
-        if total > limit:
-            raise ValueError(f"{asked}, the model has {limit} positions; shorten the prompt or lower max_new_tokens")
-        room = self.pages.num_pages * self.pages.page_size
-        if self.scheduler.window.most_pages(total) > self.pages.num_pages:
-            raise ValueError(f"{asked}, the page pool holds {room}; raise Generator(max_tokens=...)")
-
-    def _healing(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor | None]:
-        """Return the id to cut off a prompt, and which ids may come in its place; nothing where only one could."""
-        assert self.model.tokenizer is not None
-        allowed = self.model.tokenizer.continuations(prompt[-1])
-        if len(prompt) == 1 or len(allowed) == 1:
-            return (), None
-        mask = torch.zeros(self.model.config.vocab_size, dtype=torch.bool)
-        mask[allowed] = True
-        return prompt[-1:], mask.to(self.model.device)
-
-    def _encode(self, prompt: Prompt) -> abc.Sequence[int]:
-        """Return the ids of a prompt."""
-        if not isinstance(prompt, str):
-            return prompt
-        if self.model.tokenizer is None:
-            raise ValueError("the model has no tokenizer: the prompt must be a list of token ids, got a string")
-        return self.model.tokenizer.encode(prompt)
 
     def _enqueue(self, sequence: Sequence, events: list[Event]) -> Job:
         """Queue a checked sequence whose events go to `events`."""
@@ -389,7 +318,7 @@ class Generator:
             for sequence in self.scheduler.running:
                 sequence.guess()
         step = self.scheduler.schedule()
-        with FailTogether(self.model.comm, [self._jobs[sequence.request] for sequence, _ in step], self._settle):
+        with FailTogether(self.model.comm, lambda: [self._jobs[one.request] for one, _ in step], self._settle):
             if self._draft_runner is not None:
                 step = self._draft_runner.fill(step)
             launched = self.runner.launch(step) if step else None
@@ -408,33 +337,40 @@ class Generator:
         sampled, self._sampled = self._sampled, None
         if sampled is None:
             return
-        alive = [self._jobs[sequence.id] for sequence in sampled.sequences if sequence.state is not State.FINISHED]
         start = perf_counter()
-        with FailTogether(self.model.comm, alive, self._deliver):
+        with FailTogether(self.model.comm, lambda: self._alive(sampled), self._deliver):
             ids = sampled.ids()
         self.seconds_waited += perf_counter() - start
         logprobs = sampled.logprobs()
         for scores in sampled.scores:
             scores.tell()
         row = 0
-        for sequence, own in groupby(sampled.rows):
-            sampled_ids = ids[row : row + len(list(own))]
+        for sequence, num_rows in zip(sampled.sequences, sampled.counts, strict=True):
             # A sequence that was rewound meanwhile expects nothing of this step either.
-            if sequence.state is not State.FINISHED and sequence.source >= 0:
+            if sequence.source >= 0 and sequence.state is not State.FINISHED:
                 before = len(sequence.generated)
-                self._news.append((self._jobs[sequence.id], sequence.accept(sampled_ids)))
+                self._news.append((self._jobs[sequence.id], sequence.accept(ids[row : row + num_rows])))
                 if logprobs and sequence.params.logprobs is not None:
                     sequence.logprobs += [logprobs[row + i] for i in range(len(sequence.generated) - before)]
-            row += len(sampled_ids)
+            row += num_rows
+
+    def _alive(self, sampled: Sampled) -> list[Job]:
+        """Return the requests to which a step told something, as far as they have not ended meanwhile."""
+        sequences = sampled.sequences + [scores.sequence for scores in sampled.scores]
+        return [self._jobs[sequence.id] for sequence in sequences if sequence.state is not State.FINISHED]
 
     def _deliver(self) -> None:
         """Turn new ids into events; a request that raises ends alone."""
-        news, self._news = self._news, []
-        for job, is_whole in news:
-            with FailAlone(job):
-                job.deliver()
-                if not is_whole and not job.finished:
-                    raise NonFiniteLogits(f"request {job.id}, position {job.sequence.num_known - 1}: {_NON_FINITE}")
+        news, self._news = iter(self._news), []
+        is_told = False
+        while not is_told:
+            with FailAlone() as guard:
+                for guard.job, is_whole in news:
+                    guard.job.deliver()
+                    if not is_whole and not guard.job.finished:
+                        place = guard.job.sequence.num_known - 1
+                        raise NonFiniteLogits(f"request {guard.job.id}, position {place}: {_NON_FINITE}")
+                is_told = True
 
 
 def _holds_prompts(prompts: Prompt | abc.Sequence[Prompt]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from qinfer.engine.bans import TokenTexts
 from qinfer.engine.sequence import Sequence, TokenLogprobs
@@ -34,8 +34,7 @@ class Completion:
     accepted_tokens: int = field(default=0, compare=False)  # guesses that were right
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What one step did for one request; the texts of a request's events join to the text of its completion."""
 
     job: int  # Job.id
@@ -76,6 +75,10 @@ class Job:
             detokenizer = Detokenizer(tokenizer, sequence.prompt[-_TAIL:], sequence.healed)
         self._texts = TokenTexts(detokenizer, sequence.params.banned_strings)
         self._stops = StopMatcher(sequence.params.stop)
+        params = sequence.params
+        self._most = params.max_new_tokens
+        # Whether tokens are told as they come: nothing takes them back, and no text ends the request.
+        self._is_open = not (params.banned_strings or params.stop or sequence.steering is not None)
         self._events = events
         self._release = release
         self._rewind = rewind
@@ -101,35 +104,50 @@ class Job:
 
     def deliver(self) -> None:
         """Tell in an event what is new in the sequence; end the request where one of its ids ends it."""
-        sequence, text = self.sequence, ""
+        sequence, place = self.sequence, self._num_read
+        generated = sequence.generated
+        if self._is_open and len(generated) == place + 1 < self._most and generated[place] not in sequence.ends:
+            # As almost always: one id that nothing takes back and that ends nothing.
+            token_id = generated[place]
+            text = self._texts.text_of(token_id)
+            self._num_read = self._num_told = self._num_in_events = place + 1
+            self._told.append(text)
+            logprobs = tuple(sequence.logprobs[place:]) if sequence.logprobs else ()
+            self._events.append(Event(self.id, text, (token_id,), None, None, None, logprobs))
+            return
         if sequence.steering is not None:
             sequence.steering.check()
-        reason: FinishReason | None = None
-        while self.completion is None and reason is None and self._num_read < len(sequence.generated):
-            token_id = sequence.generated[self._num_read]
+        text, reason = "", None
+        while self.completion is None and reason is None and self._num_read < len(generated):
+            token_id = generated[self._num_read]
             self._num_read += 1
-            is_end = token_id in sequence.ends
-            too_many = 0 if is_end else self._texts.push(token_id)
-            if too_many:
-                self._take_back(too_many)
-                continue
-            is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
-            is_last = is_end or is_whole or self._num_read == sequence.params.max_new_tokens
-            text += self._tell(self._texts.flush() if is_last else self._texts.free())
-            if is_end and not self._stops.matched:
-                self._num_told += 1
-            if is_end or is_whole or self._stops.matched:
-                reason = "stop"
-            elif is_last:
-                reason = "length"
+            new, reason = self._weigh(token_id)
+            text += new
         if reason is not None:
             self._finish(reason, text + self._rest())
         elif self._num_told > self._num_in_events:
             self._told.append(text)
-            new = slice(self._num_in_events, self._num_told)
+            told = slice(self._num_in_events, self._num_told)
             self._num_in_events = self._num_told
-            logprobs = tuple(sequence.logprobs[new]) if sequence.logprobs else ()
-            self._events.append(Event(self.id, text, tuple(sequence.generated[new]), logprobs=logprobs))
+            logprobs = tuple(sequence.logprobs[told]) if sequence.logprobs else ()
+            self._events.append(Event(self.id, text, tuple(generated[told]), None, None, None, logprobs))
+
+    def _weigh(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """Read an id that may end the text or have to be taken back: what may be told now, and why the request ends."""
+        sequence = self.sequence
+        is_end = token_id in sequence.ends
+        too_many = 0 if is_end else self._texts.push(token_id)
+        if too_many:
+            self._take_back(too_many)
+            return "", None
+        is_whole = sequence.steering is not None and sequence.steering.finished_at == self._num_read
+        is_last = is_end or is_whole or self._num_read == self._most
+        text = self._tell(self._texts.flush() if is_last else self._texts.free())
+        if is_end and not self._stops.matched:
+            self._num_told += 1
+        if is_end or is_whole or self._stops.matched:
+            return text, "stop"
+        return text, "length" if is_last else None
 
     def _tell(self, texts: list[str]) -> str:
         """Count tokens as told, up to one that completes a stop string, and return their text before it."""
@@ -153,6 +171,7 @@ class Job:
     def _finish(self, reason: FinishReason, text: str, error: BaseException | None = None) -> None:
         """Return the pages, wherever the request stands, make the completion and deliver the last event."""
         sequence = self.sequence
+        self._is_open = False
         self._release(sequence, reason)
         self._told.append(text)
         token_ids, logprobs = tuple(sequence.generated[: self._num_told]), tuple(sequence.logprobs[: self._num_told])

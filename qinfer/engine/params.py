@@ -223,6 +223,13 @@ class SamplingParams:
             or self.skew != 0
         )
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether rows of logits differ in their random number alone, and nobody asks what they say."""
+        looks_at_ids = self.uses_history or self.min_new_tokens > 0 or self.banned_strings or self.token_healing
+        changes = self.logit_bias or self.banned_ids or self.allowed_ids is not None or self.constraint is not None
+        return self.is_plain and self.logprobs is None and not (looks_at_ids or changes or self.is_guided)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise a ValueError that names the field whose ids a model of this vocabulary does not have."""
         biased = tuple(dict(self.logit_bias))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,9 +26,20 @@ from qinfer.engine.penalties import Changes, Edits
 from qinfer.kernels.edit_logits import edit_logits
 from qinfer.kernels.sample import ONE, draw, keep_top_k, keep_top_p, sample_rows, token_weights
 
-__all__ = ["Logprobs", "Row", "SamplerState", "SamplingParams", "UniformStream", "guide", "logprobs", "sample"]
+__all__ = [
+    "FixedRows",
+    "Logprobs",
+    "Row",
+    "SamplerState",
+    "SamplingParams",
+    "UniformStream",
+    "guide",
+    "logprobs",
+    "sample",
+]
 
 _LOG2_E = math.log2(math.e)
+_WORDS = 8  # of 64 bits in a digest
 
 
 class UniformStream:
@@ -37,11 +49,16 @@ class UniformStream:
         """Take the seed, or a fresh one from the operating system when it is None."""
         self.seed = secrets.randbits(64) if seed is None else seed
         self._key = self.seed.to_bytes(8, "little")
+        self._block, self._numbers = -1, (0.0,)
 
     def at(self, step: int) -> float:
-        """Return number `step`, uniform over the multiples of 2^-53 in [0, 1)."""
-        digest = hashlib.blake2b(step.to_bytes(8, "little"), digest_size=8, key=self._key).digest()
-        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+        """Return number `step`, uniform over the multiples of 2^-53 in [0, 1): word step % 8 of digest step // 8."""
+        block, place = divmod(step, _WORDS)
+        if block != self._block:
+            digest = hashlib.blake2b(block.to_bytes(8, "little"), key=self._key).digest()
+            self._numbers = tuple((word >> 11) * 2.0**-53 for word in struct.unpack(f"<{_WORDS}Q", digest))
+            self._block = block
+        return self._numbers[place]
 
 
 class Mirostat:
@@ -81,6 +98,8 @@ class SamplerState:
         """Begin after the prompt."""
         self.params = params
         self.uniforms = UniformStream(params.seed)
+        self.is_fixed = params.is_fixed
+        self.numbers = _plain_numbers(params, 0.0) if self.is_fixed else ()
         self._changes = Changes(params, prompt)
         self._mirostat = Mirostat(params.mirostat_tau) if params.mirostat_tau and params.temperature else None
 
@@ -129,8 +148,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         raise ValueError(f"logits must be [{len(rows)}, V], one row per request, got {list(logits.shape)}")
     logits = _edited(logits, rows)
     if all(row.params.temperature == 0 for row in rows):
-        peak, best = logits.max(dim=-1)
-        return torch.where(torch.isfinite(peak), best, -1)
+        return _sample_greedy(logits)
     plain = [i for i, row in enumerate(rows) if row.params.is_plain]
     if len(plain) == len(rows):
         return _sample_plain(logits, rows)
@@ -142,6 +160,33 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         (index,) = _to_device(logits.device, np.array(part))
         ids[index] = body(logits[index], [rows[i] for i in part])
     return ids
+
+
+class FixedRows:
+    """Rows that differ from step to step in their random numbers alone: what else they say is laid out once."""
+
+    def __init__(self, states: Sequence[SamplerState]) -> None:
+        """Lay out the rows of requests whose `is_fixed` is True."""
+        self._states = states
+        self._is_greedy = all(state.params.temperature == 0 for state in states)
+        self._table = np.array([] if self._is_greedy else [state.numbers for state in states], np.float64)
+
+    def sample(self, logits: Tensor, steps: Sequence[int]) -> Tensor:
+        """Choose one token per row, as `sample` does.
+
+        Args:
+            logits: [R, V] fp32; not changed.
+            steps: How many ids each request has generated.
+
+        Returns:
+            [R] int64 ids, -1 where the logits are not finite.
+        """
+        if logits.shape[0] != len(self._states):
+            raise ValueError(f"logits must be [{len(self._states)}, V], one row per request, got {[*logits.shape]}")
+        if self._is_greedy:
+            return _sample_greedy(logits)
+        self._table[:, -1] = [state.uniforms.at(step) for state, step in zip(self._states, steps, strict=True)]
+        return _sample_table(logits, self._table)
 
 
 class Logprobs(NamedTuple):
@@ -197,11 +242,27 @@ def guide(positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
     return torch.where((positive == -math.inf) | (negative == -math.inf), -math.inf, mixed)
 
 
+def _sample_greedy(logits: Tensor) -> Tensor:
+    """Take the likeliest token, the lower id of two."""
+    peak, best = logits.max(dim=-1)
+    # Zero for finite numbers, NaN for all others.
+    return best.masked_fill_((peak - peak) != 0, -1)
+
+
 def _sample_plain(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Draw by temperature, top-k, top-p and min-p: one op."""
-    table = np.array([_plain_numbers(row.params, row.uniform) for row in rows])
+    return _sample_table(logits, _plain_table([(row.params, row.uniform) for row in rows]))
+
+
+def _sample_table(logits: Tensor, table: NDArray[np.float64]) -> Tensor:
+    """Draw by the numbers of `sample_rows`' table, [R, 5] on the host; it may change once this returns."""
     (columns,) = _to_device(logits.device, table)
     return sample_rows(logits, columns, filtered=bool((table[:, 1] > 0).any() or (table[:, 2] < 1).any()))
+
+
+def _plain_table(rows: Sequence[tuple[SamplingParams, float]]) -> NDArray[np.float64]:
+    """Return the table of `sample_rows` for parameters and uniform numbers."""
+    return np.array([_plain_numbers(params, uniform) for params, uniform in rows], np.float64)
 
 
 def _plain_numbers(params: SamplingParams, uniform: float) -> tuple[float, ...]:

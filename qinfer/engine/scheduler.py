@@ -8,8 +8,13 @@ on their way to it.
 Where every layer of the model has a window, a sequence gives the pages behind it back while it runs, and takes those of
 a long prompt piece by piece (`window`), so that it never holds more than the window and what a step adds.
 
-A step serves one token to every sequence that is past its prompt, then prompt tokens in order: up to max_step_tokens,
-but beside running streams no more than max_mixed_tokens, because the streams wait for the step.
+A step serves one token to every sequence that is past its prompt, then prompt tokens in order, up to max_step_tokens.
+Streams wait for the step, so beside them prompts get the share of it that streams leave of the batch, and
+max_mixed_tokens in any case: one stream does not hold up the prompts of 63 others, and 60 wait no longer than needed.
+
+Most steps are the one before, a token later: nobody came or left, filled a page or reached a limit. How many such steps
+follow is known when a step is made (`_quiet_steps`), and until then, or until somebody calls anything else, `schedule`
+returns the same list again, by which others know that nothing but positions has changed.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ class Scheduler:
             pages: The pool from which sequences take their pages.
             max_batch: Most sequences that run at a time.
             max_step_tokens: Most tokens in a step, prompts and generated ones together.
-            max_mixed_tokens: Most prompt tokens in a step in which other sequences decode.
+            max_mixed_tokens: Most prompt tokens in a step in which as many other sequences decode as may run.
             prefix_cache: Whether sequences share pages with the same beginning, running or finished.
             window: Most positions that any layer sees; None where one sees all.
         """
@@ -66,6 +71,8 @@ class Scheduler:
         self.window = Window(window, pages.page_size)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._step: list[tuple[Sequence, int]] = []
+        self._num_quiet = 0  # steps to come that are the last one again
 
     @property
     def has_work(self) -> bool:
@@ -84,26 +91,46 @@ class Scheduler:
         if len(sequence.members) > self.max_batch:
             raise ValueError(f"max_batch must be at least 2 for a negative_prompt, got {self.max_batch}")
         insort(self.waiting, sequence, key=Sequence.order)
+        self._num_quiet = 0
 
     def schedule(self) -> list[tuple[Sequence, int]]:
-        """Admit what fits and return the step: sequences with their number of tokens, single tokens first."""
+        """Admit what fits and return the step: sequences with their number of tokens, single tokens first.
+
+        The same list as before means the same sequences with one token each, and no page more or less.
+        """
+        if self._num_quiet:
+            self._num_quiet -= 1
+            return self._step
+        self._settle_pages()
+        self._admit()
+        self._step = self._next_step()
+        self._num_quiet = self._quiet_steps(self._step)
+        return self._step
+
+    def _settle_pages(self) -> None:
+        """Let others find the pages that are whole now, and give back those that no layer sees any more."""
+        page_size, prefix_cache, window = self.pages.page_size, self.prefix_cache, self.window.length
         for sequence in self.running:
-            is_due = sequence.num_computed >= (sequence.num_published + 1) * self.pages.page_size
-            if self.prefix_cache and (is_due or sequence.shadow is not None):
+            is_due = sequence.num_computed >= (sequence.num_published + 1) * page_size
+            if prefix_cache and (is_due or sequence.shadow is not None):
                 for one in sequence.members:
                     publish(self.pages, one)
-            if self.window.length is not None:
+            if window is not None:
                 for one in sequence.members:
                     self._free_behind(one)
-        self._admit()
+
+    def _next_step(self) -> list[tuple[Sequence, int]]:
+        """Return a token for everybody past the prompt, with drafts, and prompt tokens in order."""
         step: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
+        page_size = self.pages.page_size
         for sequence in tuple(self.running):
             num_tokens, shadow = sequence.num_tokens, sequence.shadow
             is_prompt = num_tokens - sequence.num_computed > 1 or (shadow is not None and shadow.num_pending > 1)
             if sequence.state is State.RUNNING and (is_prompt or num_tokens < sequence.max_tokens):
+                is_full = sequence.num_computed >= len(sequence.pages) * page_size or shadow is not None
                 # Whoever has to give way comes later in the order, and is in no step yet.
-                if not self._grow(sequence):
+                if is_full and not self._grow(sequence):
                     continue
                 if is_prompt:
                     prompts.append(sequence)
@@ -111,16 +138,37 @@ class Scheduler:
                 step.append((sequence, 1))
                 if shadow is not None:
                     step.append((shadow, 1))
-        step = self._with_drafts(step)
+        if any(sequence.drafts for sequence, _ in step):
+            step = self._with_drafts(step)
         budget = self.max_step_tokens - sum(count for _, count in step)
         if step:
-            budget = min(budget, self.max_mixed_tokens)
+            share = self.max_step_tokens * (self.max_batch - len(step)) // self.max_batch
+            budget = min(budget, max(share, self.max_mixed_tokens))
         for sequence in prompts:
             if budget and sequence.state is State.RUNNING:
                 chunks = self._chunks(sequence, budget)
                 step += chunks
                 budget -= sum(count for _, count in chunks)
         return step
+
+    def _quiet_steps(self, step: list[tuple[Sequence, int]]) -> int:
+        """Return how many times a step can be made again, a token later, as `schedule` would make it anew.
+
+        Who waits cannot be admitted before somebody ends or gives pages back, and neither happens by itself.
+        """
+        # Pieces of prompts come last. Who runs and is not in the step waits for room, or for the id that ends it.
+        if not step or step[-1][1] > 1 or len(step) < len(self.running) or self.window.length is not None:
+            return 0
+        page_size, quiet = self.pages.page_size, self.pages.page_size
+        for sequence, _ in step:
+            num_tokens, num_computed = sequence.num_tokens, sequence.num_computed
+            if num_tokens - num_computed > 1 or sequence.drafter is not None or sequence.shadow is not None:
+                return 0
+            num_pages = len(sequence.pages)
+            if self.prefix_cache:
+                num_pages = min(num_pages, sequence.num_published + 1)
+            quiet = min(quiet, num_pages * page_size - num_computed - 1, sequence.max_tokens - num_tokens - 1)
+        return max(0, quiet)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Take a sequence out, wherever it is, and return its pages."""
@@ -130,6 +178,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             raise ValueError(f"sequence {sequence.id} is finished already ({sequence.finish_reason})")
+        self._num_quiet = 0
         # After an error nobody shall meet what it may have left behind.
         self._drop(sequence, known=reason != "error")
         sequence.state = State.FINISHED
@@ -141,6 +190,7 @@ class Scheduler:
         A sequence that would have to see pages which it gave back is computed again.
         """
         sequence.rewind(num_generated)
+        self._num_quiet = 0
         is_lost = False
         for one in sequence.members:
             del one.page_keys[one.num_known // self.pages.page_size :]
@@ -152,6 +202,7 @@ class Scheduler:
     def defragment(self) -> dict[int, int]:
         """Give the lowest numbers to the pages that hold something; return old to new numbers of what has to move."""
         moves = self.pages.defragment()
+        self._num_quiet = 0
         for one in (one for sequence in self.running for one in sequence.members):
             if not moves.keys().isdisjoint(one.pages):
                 one.pages = [moves.get(page, page) for page in one.pages]
@@ -201,8 +252,6 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the next token; say whether the sequence still runs, or had to give way itself."""
         page_size = self.pages.page_size
-        if sequence.shadow is None and sequence.num_computed < len(sequence.pages) * page_size:
-            return True
         for one in sequence.members:
             while one.num_computed >= len(one.pages) * page_size:
                 try:

@@ -63,6 +63,10 @@ class Sequence:
     num_preempted: int = 0  # times that it had to give its pages back
     state: State = State.WAITING
     finish_reason: str | None = None
+    max_tokens: int = field(init=False)  # that it can grow to
+
+    def __post_init__(self) -> None:
+        self.max_tokens = len(self.prompt) + self.params.max_new_tokens
 
     @property
     def num_known(self) -> int:
@@ -78,11 +82,6 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that are not yet computed: the rest of the prompt, or the token sampled last."""
         return self.num_tokens - self.num_computed
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens the sequence can grow to."""
-        return len(self.prompt) + self.params.max_new_tokens
 
     @property
     def wants_more(self) -> bool:
@@ -181,23 +180,33 @@ class Sequence:
         Returns:
             Whether all that was to be taken was sampled; -1 is what was not.
         """
-        before, is_whole = len(self.generated), True
+        self.await_sample(-1)
+        if self.drafts:
+            return self._accept_drafts(sampled)
+        is_whole = sampled[0] >= 0
+        if is_whole:
+            self.generated.append(sampled[0])
+            if self.steering is not None:
+                self.steering.follow(self.generated)
+        return is_whole
+
+    def _accept_drafts(self, sampled: Ids[int]) -> bool:
+        """Take ids as `accept` does, and let the drafter know how its guess went."""
+        assert self.drafter is not None
+        drafts, before, is_whole = self.drafts, len(self.generated), True
         for place, token_id in enumerate(sampled):
             is_whole = token_id >= 0
             if not is_whole:
                 break
             self.generated.append(token_id)
-            if place < len(self.drafts) and token_id != self.drafts[place]:
+            if place < len(drafts) and token_id != drafts[place]:
                 break
-        self.await_sample(-1)
         if self.steering is not None:
             self.steering.follow(self.generated)
-        if self.drafts:
-            assert self.drafter is not None
-            self.drafter.judge(len(self.drafts), max(0, len(self.generated) - before - 1))
-            self.drafts = []
-            # What was computed behind the last right draft is written over.
-            self.num_computed = self.num_known - 1
+        self.drafter.judge(len(drafts), max(0, len(self.generated) - before - 1))
+        self.drafts = []
+        # What was computed behind the last right draft is written over.
+        self.num_computed = self.num_known - 1
         return is_whole
 
     def rows(self) -> list[Row]:
@@ -206,12 +215,16 @@ class Sequence:
         A row depends on the request and on the ids before it alone.
         """
         if not self.drafts:
-            return [self._row(self.generated)]
+            return [self.row()]
         rows = [self._row([*self.generated, *self.drafts[:place]]) for place in range(len(self.drafts) + 1)]
         self.sampler.rewind(len(self.generated))
         if self.steering is not None:
             self.steering.rewind(len(self.generated))
         return rows
+
+    def row(self) -> Row:
+        """Return what the next token is sampled with, where nothing is drafted."""
+        return self._row(self.generated)
 
     def _row(self, generated: list[int]) -> Row:
         """Return what the token after these ids is sampled with."""

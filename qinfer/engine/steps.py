@@ -22,8 +22,8 @@ from torch import Tensor
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.graphs import GraphRunner
 from qinfer.engine.guidance import guided
-from qinfer.engine.rows import DecodeRows
-from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
+from qinfer.engine.rows import StepRows
+from qinfer.engine.sampling import FixedRows, Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
 from qinfer.engine.scoring import Scores, copying, take_scores
 from qinfer.engine.sequence import Sequence, TokenLogprobs
 from qinfer.kernels.feed import feed
@@ -38,6 +38,31 @@ def _sizes(largest: int) -> list[int]:
     """Return numbers of tokens around the powers of two up to the largest, which is the last."""
     powers = [1 << power for power in range(largest.bit_length())]
     return sorted({size for power in powers for size in (power, power + 1, power + 16) if size <= largest} | {largest})
+
+
+def _piece(sequence: Sequence, count: int) -> Piece:
+    """Return the next tokens of a sequence as a piece of a batch."""
+    wanted = _wanted_logits(sequence, count)
+    return Piece(sequence.pending(count), sequence.num_computed, sequence.pages, wanted, sequence.adapter)
+
+
+def _streams(step: Step) -> list[Sequence]:
+    """Return the sequences at the beginning of a step that compute one token, their newest."""
+    count = next((place for place, (one, n) in enumerate(step) if n > 1 or one.num_pending > 1), len(step))
+    return [sequence for sequence, _ in step[:count]]
+
+
+def _asked(sequences: Rows[Sequence], counts: Rows[int]) -> dict[int, int]:
+    """Return the rows of sequences that want logprobs, and how many of the likeliest ids each wants to know."""
+    asked, row = dict[int, int](), 0
+    if all(sequence.params.logprobs is None for sequence in sequences):
+        return asked
+    for sequence, count in zip(sequences, counts, strict=True):
+        wanted = sequence.params.logprobs
+        if wanted is not None:
+            asked.update(dict.fromkeys(range(row, row + count), wanted))
+        row += count
+    return asked
 
 
 def _wanted_logits(sequence: Sequence, count: int) -> Literal["all", "last", "none"]:
@@ -61,18 +86,14 @@ class Launched:
 class Sampled:
     """A step whose ids are on their way to the host."""
 
-    rows: list[Sequence]  # one after the other; those with drafts have several
+    sequences: list[Sequence]  # that get tokens, in the order of their rows
+    counts: list[int]  # rows of each: one, and one more for each draft
     _ids: Tensor
-    _asked: list[int]  # rows that want to know their logprobs
+    _asked: dict[int, int]  # how many of the likeliest ids rows want to know, where they want logprobs
     _logprobs: Logprobs | None
     _arrived: torch.cuda.Event | None
     _comm: Communicator
     scores: list[Scores]  # of prompts, once the ids are there
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """All that the step told something about."""
-        return self.rows + [scores.sequence for scores in self.scores]
 
     def ids(self) -> list[int]:
         """Wait for the ids and return them, one per row, -1 where the logits were not finite."""
@@ -88,8 +109,8 @@ class Sampled:
         if self._logprobs is None:
             return {}
         told = {}
-        for row, chosen, ids, top in zip(self._asked, *(part.tolist() for part in self._logprobs), strict=True):
-            count = self.rows[row].params.logprobs
+        columns = (part.tolist() for part in self._logprobs)
+        for (row, count), chosen, ids, top in zip(self._asked.items(), *columns, strict=True):
             told[row] = TokenLogprobs(chosen, tuple(zip(ids, top, strict=True))[:count])
         return told
 
@@ -121,7 +142,11 @@ class StepRunner:
         self._cache = cache
         self._page_size = page_size
         self._table_width = table_width
-        self._decode_rows: dict[int, DecodeRows] = {}
+        self._rows: dict[Room, StepRows] = {}
+        self._step: Step = []  # the last one
+        self._streams: list[Sequence] = []  # the sequences at its beginning that compute one token
+        self._chosen: list[Sequence] = []  # the sequences of the last step whose rows were fixed
+        self._fixed: FixedRows | None = None  # those rows
         self._sampled = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
         self._on_gpu = model.device.type == "cuda"
         # Two, because the ids of one step are read after the copy of the next may have been launched.
@@ -137,57 +162,82 @@ class StepRunner:
                 max_mixed_tokens=max_mixed_tokens + max_batch,
             )
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the step launched last had pieces of prompts or drafts in it."""
+        return len(self._streams) < len(self._step)
+
     def launch(self, step: Step) -> Launched:
         """Launch the forward pass of a step; sequences count its tokens as computed from now on.
 
         Args:
             step: Sequences with their number of tokens.
         """
-        complete = [sequence for sequence, count in step if count >= sequence.num_pending]
-        scores = list[Scores]()
-        if len(complete) == len(step) == sum(count for _, count in step):
-            logits = self._decode(complete)
+        if step is not self._step:
+            self._step, self._streams = step, _streams(step)
+        streams, others = self._streams, step[len(self._streams) :]
+        complete, scores = streams, list[Scores]()
+        if others:
+            pieces = [_piece(*other) for other in others]
+            logits = self._mixed(
+                streams, pieces, is_beside_streams=any(s.num_computed >= len(s.prompt) for s, _ in step)
+            )
+            if any(sequence.unscored(count) for sequence, count in others):
+                logits, scores = take_scores(step, [*(_piece(one, 1) for one in streams), *pieces], logits)
+            complete = streams + [sequence for sequence, count in others if count >= sequence.num_pending]
         else:
-            pieces = [Piece(s.pending(n), s.num_computed, s.pages, _wanted_logits(s, n), s.adapter) for s, n in step]
-            logits = self._mixed(pieces, is_beside_streams=any(s.num_computed >= len(s.prompt) for s, _ in step))
-            if any(sequence.unscored(count) for sequence, count in step):
-                logits, scores = take_scores(step, pieces, logits)
+            logits = self._decode(streams)
         for sequence, count in step:
             sequence.num_computed += count
         return Launched(complete, logits, scores)
 
     def sample(self, launched: Launched) -> Sampled | None:
         """Launch the choice of the next tokens and their way to the host; None when the step tells nothing."""
-        rows, options = list[Sequence](), list[Row]()
-        said, logits = guided(launched.sequences, launched.logits)
-        for sequence in launched.sequences:
-            if sequence.is_shadow:
-                continue
-            sequence.await_sample(len(rows))
-            options += (own := sequence.rows())
-            rows += [sequence] * len(own)
         scores = [own.to_host() for own in launched.scores] if self._on_gpu else launched.scores
-        if not rows:
+        sequences, counts, said, drawn = self._choose(launched)
+        if not sequences:
             nothing = torch.empty(0, dtype=torch.int64)
-            return Sampled(rows, nothing, [], None, self._arrival(), self._model.comm, scores) if scores else None
+            return Sampled([], [], nothing, {}, None, self._arrival(), self._model.comm, scores) if scores else None
         # Rank 0 decides; the others would agree but for the order in which a library adds.
-        ids = self._model.comm.broadcast(sample(logits, options))
+        ids = self._model.comm.broadcast(drawn)
         # Nobody reads them here when there were drafts: the host has to say first how many were right.
-        kept = min(len(rows), len(self._sampled))
+        num_rows = len(ids)
+        kept = min(num_rows, len(self._sampled))
         self._sampled[:kept].copy_(ids[:kept])
-        asked = [row for row, sequence in enumerate(rows) if sequence.params.logprobs is not None]
-        told = None
+        asked, told = _asked(sequences, counts), None
         if asked:
-            top_n = max(sequence.params.logprobs or 0 for sequence in rows)
-            index = torch.tensor(asked).to(ids.device, non_blocking=True)
-            told = logprobs(said[index], ids[index], top_n)
+            index = torch.tensor([*asked]).to(ids.device, non_blocking=True)
+            told = logprobs(said[index], ids[index], max(asked.values()))
         if not self._on_gpu:
-            return Sampled(rows, ids, asked, told, None, self._model.comm, scores)
+            return Sampled(sequences, counts, ids, asked, told, None, self._model.comm, scores)
         self._host_ids.reverse()
-        room = self._host_ids[0][: len(rows)]
-        host = room.copy_(ids, non_blocking=True) if len(room) == len(rows) else copying(ids)
+        room = self._host_ids[0][:num_rows]
+        host = room.copy_(ids, non_blocking=True) if len(room) == num_rows else copying(ids)
         told = None if told is None else Logprobs(*map(copying, told))
-        return Sampled(rows, host, asked, told, self._arrival(), self._model.comm, scores)
+        return Sampled(sequences, counts, host, asked, told, self._arrival(), self._model.comm, scores)
+
+    def _choose(self, launched: Launched) -> tuple[list[Sequence], list[int], Tensor, Tensor]:
+        """Sample the next tokens: who gets them, in how many rows, [R, V] what the model says there, and [R] ids."""
+        sequences = launched.sequences
+        if sequences and all(sequence.sampler.is_fixed and not sequence.drafts for sequence in sequences):
+            if self._fixed is None or sequences != self._chosen:
+                self._chosen, self._fixed = sequences, FixedRows([sequence.sampler for sequence in sequences])
+            for row, sequence in enumerate(sequences):
+                sequence.source = row
+            ids = self._fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
+            return sequences, [1] * len(sequences), launched.logits, ids
+        said, logits = guided(sequences, launched.logits)
+        leaders = [sequence for sequence in sequences if sequence.id >= 0]
+        rows, counts = list[Row](), list[int]()
+        for sequence in leaders:
+            sequence.await_sample(len(rows))
+            if sequence.drafts:
+                rows += (own := sequence.rows())
+                counts.append(len(own))
+            else:
+                rows.append(sequence.row())
+                counts.append(1)
+        return leaders, counts, said, sample(logits, rows) if rows else logits.new_empty(0, dtype=torch.int64)
 
     def _arrival(self) -> torch.cuda.Event | None:
         """Return the event of what was launched last, for which the host can wait; None on a CPU."""
@@ -239,20 +289,15 @@ class StepRunner:
         feed(batch.token_ids, self._sampled)
         return self._model.decoder(batch, cache)
 
-    def _mixed(self, pieces: Rows[Piece], *, is_beside_streams: bool) -> Tensor:
+    def _mixed(self, streams: list[Sequence], pieces: list[Piece], *, is_beside_streams: bool) -> Tensor:
         """Run a step of any pieces, through a recorded graph where streams wait for it and it fits."""
-        used = Room.of_pieces(pieces)
+        of_pieces, count = Room.of_pieces(pieces), len(streams)
+        used = Room(*(count + number for number in of_pieces))
         room = self.graphs.mixed_room(used) if self.graphs is not None and is_beside_streams else None
         if self.graphs is None or room is None:
-            batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
-            return self._forward(batch, self._cache)
-        batch = Batch.build(
-            pieces,
-            page_size=self._page_size,
-            device=self._model.device,
-            pad_to=room,
-            table_width=self._table_width,
-        )
+            pieces = [_piece(sequence, 1) for sequence in streams] + pieces
+            return self._forward(Batch.build(pieces, page_size=self._page_size, device=self._model.device), self._cache)
+        batch = self._rows_of(room).fill(streams, pieces)
         self._forget_moved_adapters()
         return self.graphs.run(batch)[: used.logits]
 
@@ -262,14 +307,18 @@ class StepRunner:
             self._decoder = self._model.decoder
             self.graphs.forget_adapters()
 
-    def _decode(self, sequences: Rows[Sequence]) -> Tensor:
+    def _decode(self, streams: list[Sequence]) -> Tensor:
         """Run a step of one token per sequence, through a recorded graph where there are graphs."""
-        size = len(sequences) if self.graphs is None else self.graphs.bucket(len(sequences))
-        if size not in self._decode_rows:
-            self._decode_rows[size] = DecodeRows(
-                size, table_width=self._table_width, page_size=self._page_size, pin=self._on_gpu
-            )
-        batch = self._decode_rows[size].fill(sequences)
+        size = len(streams) if self.graphs is None else self.graphs.bucket(len(streams))
+        batch = self._rows_of(Room.of_rows(size)).fill(streams)
         self._forget_moved_adapters()
         logits = self._forward(batch, self._cache) if self.graphs is None else self.graphs.run(batch)
-        return logits[: len(sequences)]
+        return logits[: len(streams)]
+
+    def _rows_of(self, room: Room) -> StepRows:
+        """Return the buffers of a room, allocated now if there are none yet."""
+        if room not in self._rows:
+            self._rows[room] = StepRows(
+                room, table_width=self._table_width, page_size=self._page_size, pin=self._on_gpu
+            )
+        return self._rows[room]

@@ -3,12 +3,13 @@
 A tokenizer can only decode a list of ids, and the text of an id depends on its neighbours: the bytes of a character may
 be spread over several tokens, and some tokenizers drop a space at the start. So a short window of ids is decoded, and
 what it adds to the text shown before is the new text. Characters U+FFFD at the end of the window may be the beginning
-of a character that is still arriving; they are withheld.
+of a character that is still arriving; they are withheld. Where neither the last id nor the new one depends on its
+neighbours, as most do not, nothing has to be decoded (`OwnTexts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Protocol
 
@@ -21,6 +22,11 @@ _LONG_RUN = 12
 
 class Decodes(Protocol):
     """The part of a tokenizer that turns ids into text."""
+
+    @property
+    def own_texts(self) -> Mapping[int, tuple[str, str] | None]:
+        """What each id adds behind another one that is here, and its text alone; None where neighbours matter."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens."""
@@ -37,6 +43,7 @@ class Detokenizer:
         were cut off the prompt, comes again with the generated ids and is not new.
         """
         self._decode = tokenizer.decode
+        self._own_texts = tokenizer.own_texts
         self._window = list(prompt_tail)
         self._text = self._decode(self._window) if self._window else ""
         # Ids of the window whose text is out completely: they stay as context until the next ones are.
@@ -52,6 +59,12 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take the next id and return the text that became final, often one word, sometimes nothing."""
+        if len(self._window) == self._num_settled == 1 and 0 < self._num_shown == len(self._text):
+            before, own = self._own_texts[self._window[0]], self._own_texts[token_id]
+            if before is not None and own is not None:
+                new, self._text = own
+                self._window[0], self._num_shown = token_id, len(self._text)
+                return new
         self._window.append(token_id)
         text = self._decode(self._window)
         if text and text == self._text and not self._decode([token_id]):

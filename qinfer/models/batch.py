@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 4  # int32 elements in 16 bytes
+
+Ints: TypeAlias = npt.NDArray[np.int32]
 
 
 class Room(NamedTuple):
@@ -38,7 +41,7 @@ class Room(NamedTuple):
     @classmethod
     def of_pieces(cls, pieces: Sequence[Piece]) -> Room:
         """Return what pieces take without padding."""
-        return cls(sum(len(piece.token_ids) for piece in pieces), len(pieces), len(_logit_rows(pieces)))
+        return cls(sum(len(piece.token_ids) for piece in pieces), len(pieces), len(logit_rows(pieces)))
 
 
 @dataclass(frozen=True)
@@ -148,46 +151,88 @@ class Batch:
         """
         if len(pieces) == 0:
             raise ValueError("a batch must have at least one piece, got none")
-        needed = [_num_pages(index, piece, page_size) for index, piece in enumerate(pieces)]
-        lengths = [len(piece.token_ids) for piece in pieces]
-        logit_rows = _logit_rows(pieces)
-        if pad_to is not None:
-            lengths, logit_rows = _padded(lengths, logit_rows, pad_to)
-        width = max(needed) if table_width is None else table_width
-        if width < max(needed):
-            raise ValueError(f"table_width must be at least {max(needed)} for these pieces, got {width}")
-        sizes = {"T": sum(lengths), "B": len(lengths), "W": width, "R": len(logit_rows)}
+        needed = max(_num_pages(index, piece, page_size) for index, piece in enumerate(pieces))
+        used = Room.of_pieces(pieces)
+        room = used if pad_to is None else pad_to
+        if any(has > may for has, may in zip(used, room, strict=True)):
+            raise ValueError(f"pad_to must have room for {used}, got {room}")
+        if room.tokens > used.tokens and room.sequences == used.sequences:
+            raise ValueError(
+                f"pad_to must have a sequence for {room.tokens - used.tokens} tokens of padding, got {room}"
+            )
+        width = needed if table_width is None else table_width
+        if width < needed:
+            raise ValueError(f"table_width must be at least {needed} for these pieces, got {width}")
+        sizes = {"T": room.tokens, "B": room.sequences, "W": width, "R": room.logits}
         device = torch.device(device)
         host = torch.empty(cls.buffer_length(**sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-        batch = cls.views(host, **sizes, max_query_len=max(lengths))
-        batch.query_starts.numpy()[:] = [0, *accumulate(lengths)]
-        batch.logit_rows.numpy()[:] = logit_rows
-        batch._fill(pieces, needed, page_size)
+        arrays = Arrays(cls.views(host, **sizes, max_query_len=1))
+        arrays.page_table[:] = -1
+        arrays.fill(pieces, page_size)
+        longest = int(np.diff(arrays.query_starts).max())
         # The caching host allocator keeps pinned memory from being reused until the copy is done.
-        batch = cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=max(lengths))
+        batch = cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=longest)
         return replace(batch, has_adapters=True) if any(piece.adapter >= 0 for piece in pieces) else batch
 
-    def _fill(self, pieces: Sequence[Piece], needed: Sequence[int], page_size: int) -> None:
-        """Write tokens, positions, slots, lengths and page tables; rows without a piece become padding."""
-        token_ids, positions, slots = self.token_ids.numpy(), self.positions.numpy(), self.slots.numpy()
-        context_lens, page_table, adapters = self.context_lens.numpy(), self.page_table.numpy(), self.adapters.numpy()
-        first = 0
-        page_table[:] = -1
-        for row, (piece, num_pages) in enumerate(zip(pieces, needed, strict=True)):
+
+class Arrays:
+    """The fields of a batch on the host as arrays over the same memory."""
+
+    def __init__(self, batch: Batch) -> None:
+        """Look at a batch, whose buffer must be on the host."""
+        self.token_ids: Ints = batch.token_ids.numpy()
+        self.positions: Ints = batch.positions.numpy()
+        self.slots: Ints = batch.slots.numpy()
+        self.adapters: Ints = batch.adapters.numpy()
+        self.query_starts: Ints = batch.query_starts.numpy()
+        self.context_lens: Ints = batch.context_lens.numpy()
+        self.logit_rows: Ints = batch.logit_rows.numpy()
+        self.page_table: Ints = batch.page_table.numpy()
+        self._counting = np.arange(max(len(self.token_ids), len(self.context_lens)) + 1, dtype=np.int32)
+
+    def fill(self, pieces: Sequence[Piece], page_size: int, *, num_streams: int = 0) -> None:
+        """Write everything but what belongs to streams, and what lies behind the pages of pieces.
+
+        Args:
+            pieces: each of its own sequence; they must fit.
+            page_size: tokens per page of the cache.
+            num_streams: sequences before the first piece with one token each, whose logits are wanted.
+        """
+        counting = self._counting
+        self.query_starts[: num_streams + 1] = counting[: num_streams + 1]
+        self.logit_rows[:num_streams] = counting[:num_streams]
+        first = num_streams
+        for row, piece in enumerate(pieces, start=num_streams):
             last = first + len(piece.token_ids)
-            context_lens[row] = end = piece.start + len(piece.token_ids)
-            page_table[row, :num_pages] = piece.pages[:num_pages]
-            token_ids[first:last] = piece.token_ids
-            positions[first:last] = np.arange(piece.start, end)
-            adapters[first:last] = piece.adapter
-            page, offset = np.divmod(positions[first:last], page_size)
-            slots[first:last] = page_table[row, page] * page_size + offset
+            self.query_starts[row + 1] = last
+            self.context_lens[row] = end = piece.start + len(piece.token_ids)
+            num_pages = _num_pages(row, piece, page_size)
+            self.page_table[row, :num_pages] = piece.pages[:num_pages]
+            self.token_ids[first:last] = piece.token_ids
+            self.positions[first:last] = positions = np.arange(piece.start, end)
+            self.adapters[first:last] = piece.adapter
+            page, offset = np.divmod(positions, page_size)
+            self.slots[first:last] = self.page_table[row, page] * page_size + offset
             first = last
-        token_ids[first:] = 0
-        positions[first:] = 0
-        slots[first:] = -1
-        adapters[first:] = -1
-        context_lens[len(pieces) :] = 0
+        rows = logit_rows(pieces)
+        num_rows, num_sequences = num_streams + len(rows), num_streams + len(pieces)
+        self.logit_rows[num_streams:num_rows] = rows
+        self.logit_rows[num_streams:num_rows] += num_streams
+        self._pad(first, num_sequences, num_rows)
+
+    def _pad(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
+        """Write padding behind so many tokens, sequences and rows of logits."""
+        room = len(self.token_ids)
+        starts, rows = self.query_starts[num_sequences + 1 :], self.logit_rows[num_rows:]
+        if len(starts):
+            np.minimum(self._counting[: len(starts)] + (num_tokens + 1), room, out=starts)
+            starts[-1] = room
+        np.minimum(np.arange(num_tokens, num_tokens + len(rows)), room - 1, out=rows, casting="unsafe")
+        self.token_ids[num_tokens:] = 0
+        self.positions[num_tokens:] = 0
+        self.slots[num_tokens:] = -1
+        self.adapters[num_tokens:] = -1
+        self.context_lens[num_sequences:] = 0
 
 
 def _num_pages(index: int, piece: Piece, page_size: int) -> int:
@@ -210,23 +255,7 @@ def _num_pages(index: int, piece: Piece, page_size: int) -> int:
     return needed
 
 
-def _padded(lengths: Sequence[int], logit_rows: Sequence[int], room: Room) -> tuple[list[int], list[int]]:
-    """Return the tokens per sequence and the rows of logits with padding up to a room."""
-    num_tokens, num_sequences = sum(lengths), len(lengths)
-    used = Room(num_tokens, num_sequences, len(logit_rows))
-    if any(has > may for has, may in zip(used, room, strict=True)):
-        raise ValueError(f"pad_to must have room for {used}, got {room}")
-    spare, rows = room.tokens - num_tokens, room.sequences - num_sequences
-    if spare and not rows:
-        raise ValueError(f"pad_to must have a sequence for {spare} tokens of padding, got {room}")
-    padding = [int(row < spare) for row in range(rows)]
-    if spare > rows:
-        padding[-1] += spare - rows
-    behind = (min(num_tokens + i, room.tokens - 1) for i in range(room.logits - len(logit_rows)))
-    return [*lengths, *padding], [*logit_rows, *behind]
-
-
-def _logit_rows(pieces: Sequence[Piece]) -> list[int]:
+def logit_rows(pieces: Sequence[Piece]) -> list[int]:
     """Return the rows of the pieces' tokens whose logits are wanted."""
     rows: list[int] = []
     first = 0

@@ -22,6 +22,7 @@ from qinfer.engine.sampling import Row, SamplingParams, UniformStream, guide, sa
 from qinfer.models.batch import Batch
 from qinfer.models.model import Model
 from qinfer.parallel.comm import Alone
+from qinfer.tokenizer import OwnTexts
 
 VOCAB = 340
 EMPTY = -7  # in slots that were never written
@@ -36,6 +37,7 @@ class Adapter:
         self.longest = 0
         self.vocab_size = tokenizer.get_vocab_size()
         self.eos_ids = frozenset({0})
+        self.own_texts = OwnTexts(tokenizer, self.decode)
 
     def decode(self, ids: Sequence[int]) -> str:
         self.longest = max(self.longest, len(ids))

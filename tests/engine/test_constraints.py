@@ -131,7 +131,7 @@ def test_guesses_that_the_constraint_refuses_cost_nothing_but_time() -> None:
         params = SamplingParams(
             temperature=0.2 * seed, seed=seed, max_new_tokens=60, constraint=Every(50, complete_every=50)
         )
-        gen = generator(MockModel(memory=1), draft=4)
+        gen = generator(MockModel(eos_ids=sorted(EOS), memory=1), draft=4)
         out = gen.generate([20, 30] * 8, params)
         assert (list(out.token_ids), out.finish_reason) == by_definition([20, 30] * 8, params, memory=1)
         drafted, accepted = drafted + out.drafted_tokens, accepted + out.accepted_tokens

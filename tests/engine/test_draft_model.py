@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,7 +154,8 @@ def test_ids_and_positions_that_the_draft_model_has_not() -> None:
     params = SamplingParams(temperature=1, seed=1, max_new_tokens=30)
     for vocab in (VOCAB - 60, VOCAB, VOCAB + 12):
         draft = Biased(vocab=vocab, max_positions=20)
-        tokenizer = SimpleNamespace(first_difference=lambda other: None, encode=None, decode=lambda ids: "")
+        texts = {"decode": lambda ids: "", "own_texts": defaultdict(lambda: None)}
+        tokenizer = SimpleNamespace(first_difference=lambda other: None, encode=None, **texts)
         draft.tokenizer = tokenizer
         prompts = [[3, 4], [5, VOCAB - 1, 6], list(range(2, 40))]
         wanted = [expected(prompt, params) for prompt in prompts]

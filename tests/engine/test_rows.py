@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qinfer.engine.rows import DecodeRows
+from qinfer.engine.rows import StepRows
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.sequence import Sequence
 from qinfer.models.batch import Batch, Piece, Room
@@ -29,7 +29,7 @@ def steps(draw: st.DrawFn) -> list[list[tuple[int, int]]]:
 
 @given(steps(), st.data())
 def test_refilled_rows_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int]]], data: st.DataObject) -> None:
-    rows = DecodeRows(ROWS, table_width=WIDTH, page_size=PAGE, pin=False)
+    rows = StepRows(Room.of_rows(ROWS), table_width=WIDTH, page_size=PAGE, pin=False)
     for step in plan:
         sequences = []
         for number, allocation in step:
@@ -48,8 +48,42 @@ def test_refilled_rows_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int
             assert torch.equal(got.page_table[row, : len(one.pages)], want.page_table[row, : len(one.pages)])
 
 
+@given(steps(), st.data())
+def test_streams_and_pieces_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int]]], data: st.DataObject) -> None:
+    room = Room(24, ROWS + 3, ROWS + 2)
+    rows = StepRows(room, table_width=WIDTH, page_size=PAGE, pin=False)
+    for step in plan:
+        streams = [sequence(number, data.draw(st.integers(0, 19)), [*range(10 * number, 10 * number + 5)])
+                   for number, _ in step]  # fmt: skip
+        prompts = data.draw(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 12)), max_size=2))
+        pages = [[100 * (row + 1) + i for i in range(WIDTH)] for row in range(2)]
+        pieces = [Piece([*range(5, 5 + count)], start, pages[row], data.draw(st.sampled_from(["last", "none"])))
+                  for row, (count, start) in enumerate(prompts)]  # fmt: skip
+        got = rows.fill(streams, pieces)
+        whole = [Piece(one.pending(1), one.num_computed, one.pages, "last") for one in streams] + pieces
+        want = Batch.build(whole, page_size=PAGE, device="cpu", pad_to=room, table_width=WIDTH)
+        for name in READ:
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+        for row, piece in enumerate(whole):
+            count = -(-(piece.start + len(piece.token_ids)) // PAGE)
+            assert torch.equal(got.page_table[row, :count], want.page_table[row, :count])
+
+
+def test_the_same_streams_again_are_filled_with_their_new_positions() -> None:
+    rows = StepRows(Room.of_rows(2), table_width=WIDTH, page_size=PAGE, pin=False)
+    streams = [sequence(0, 3, [7, 8]), sequence(1, 5, [9, 10, 11])]
+    for step in range(4):
+        got = rows.fill(streams)
+        assert got.positions.tolist() == [3 + step, 5 + step]
+        assert got.context_lens.tolist() == [4 + step, 6 + step]
+        assert got.slots.tolist() == [31 + step, 41 + step]
+        for one in streams:
+            one.generated.append(step)
+            one.num_computed += 1
+
+
 def test_batch_stays_while_the_next_one_is_filled() -> None:
-    rows = DecodeRows(1, table_width=WIDTH, page_size=PAGE, pin=False)
+    rows = StepRows(Room.of_rows(1), table_width=WIDTH, page_size=PAGE, pin=False)
     first = rows.fill([sequence(0, 3, [7])])
     rows.fill([sequence(1, 2, [9])])
     assert (first.token_ids.tolist(), first.slots.tolist()) == ([3], [31])

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qinfer.engine.sampling import Row, SamplerState, SamplingParams, UniformStream, guide, logprobs, sample
+from qinfer.engine.sampling import FixedRows, Row, SamplerState, SamplingParams, UniformStream, guide, logprobs, sample
 
 INF = math.inf
 Floats = np.ndarray
@@ -386,3 +386,30 @@ def test_guide_keeps_bans() -> None:
         guide(torch.zeros(1, 3), torch.zeros(1, 4), 2.0)
     with pytest.raises(ValueError, match="scale must be finite"):
         guide(torch.zeros(1, 3), torch.zeros(1, 3), INF)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0), (0.0, 0.7, 1.3)])
+def test_fixed_rows_draw_what_rows_draw(temperatures: tuple[float, ...]) -> None:
+    filters = ({}, {"top_k": 3}, {"top_p": 0.6, "min_p": 0.1})
+    asked = [SamplingParams(temperature=t, seed=i, **filters[i]) for i, t in enumerate(temperatures)]
+    states = [SamplerState(params, [1]) for params in asked]
+    fixed = FixedRows(states)
+    for step in range(20):
+        logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(step))
+        logits[step % 3, 7] = (0.0, math.nan, math.inf, -math.inf)[step % 4]
+        steps = [step, step + 9, 2 * step]
+        rows = [state.row(range(number)) for state, number in zip(states, steps, strict=True)]
+        assert torch.equal(fixed.sample(logits, steps), sample(logits, rows))
+    with pytest.raises(ValueError, match="one row per request"):
+        fixed.sample(logits[:2], steps[:2])
+
+
+def test_rows_are_fixed_where_nothing_but_a_random_number_changes() -> None:
+    assert SamplingParams(temperature=0.5, top_k=4, top_p=0.5, min_p=0.1, seed=1).is_fixed
+    for changed in (
+        {"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"presence_penalty": 0.1}, {"dry_multiplier": 0.5},
+        {"logit_bias": {3: 1.0}}, {"banned_ids": [3]}, {"allowed_ids": [3]}, {"min_new_tokens": 2}, {"logprobs": 0},
+        {"banned_strings": ["x"]}, {"token_healing": True}, {"mirostat_tau": 3.0}, {"xtc_probability": 0.5},
+        {"temperature_last": True}, {"guidance_scale": 2.0, "negative_prompt": [1]}, {"skew": 0.1},
+    ):  # fmt: skip
+        assert not SamplingParams(temperature=0.5, **changed).is_fixed, changed

@@ -23,16 +23,48 @@ def test_prompt_is_cut_into_chunks_beside_running_sequences() -> None:
     ]
 
 
-def test_streams_do_not_wait_for_a_long_prompt() -> None:
-    world = World(num_pages=100, max_step_tokens=50, max_mixed_tokens=7)
-    world.submit([9], 30)
+@pytest.mark.parametrize(("num_streams", "chunk"), [(1, 33), (3, 20), (5, 7)])
+def test_streams_do_not_wait_for_a_long_prompt(num_streams: int, chunk: int) -> None:
+    """It gets the share of the step that they leave of the batch, seven tokens in any case, and all without streams."""
+    world = World(num_pages=100, max_batch=6, max_step_tokens=40, max_mixed_tokens=7)
+    for number in range(num_streams):
+        world.submit([number], 60)
     world.step()
-    world.submit(range(40), 2)
-    # Seven prompt tokens at a time beside the stream, and all that fits when nobody waits.
-    assert [world.step() for _ in range(6)] == [[(0, 1), (1, count)] for count in (7, 7, 7, 7, 7, 5)]
+    world.submit(range(100), 2)
+    assert [world.step()[-1][1] for _ in range(3)] == [chunk] * 3
     other = World(num_pages=100, max_step_tokens=50, max_mixed_tokens=7)
     other.submit(range(40), 2)
     assert other.step() == [(0, 40)]
+
+
+class Anew(World):
+    """The same world, whose scheduler makes every step anew."""
+
+    def step(self) -> list[tuple[int, int]]:
+        self.scheduler._num_quiet = 0
+        return super().step()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_steps_that_are_the_last_one_again_are_those_made_anew(prefix_cache: bool, window: int | None) -> None:
+    pages, options = 40, {"page_size": 4, "window": window, "prefix_cache": prefix_cache, "max_step_tokens": 9}
+    worlds = [kind(num_pages=pages, **options) for kind in (World, Anew)]
+    randoms = [Random(5) for _ in worlds]
+    repeats = 0
+    for _ in range(400):
+        steps = []
+        for world, random in zip(worlds, randoms, strict=True):
+            if random.random() < 0.1 and len(world.live) < 6:
+                world.submit([random.randrange(3) for _ in range(random.randrange(1, 9))], random.randrange(1, 30))
+            if random.random() < 0.02:
+                world.defragment()
+            before = world.scheduler._step
+            steps.append(world.step())
+            repeats += world.scheduler._step is before
+            world.pages_belong_to_the_running()
+        assert steps[0] == steps[1]
+    assert (repeats > 50) == (window is None), "steps were repeated"
 
 
 def test_sequence_takes_the_pages_it_needs_and_no_more() -> None:

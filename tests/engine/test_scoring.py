@@ -73,7 +73,8 @@ def test_every_prompt_token_is_scored_once(
 
 
 def test_a_prompt_that_gives_way_half_scored_goes_on_where_it_was() -> None:
-    gen = generator(max_tokens=40)
+    # One prompt token beside a stream.
+    gen = generator(max_tokens=40, max_batch=2, max_step_tokens=2)
     gen.scheduler.max_mixed_tokens = 1
     prompt = list(range(20, 44))
     first = gen.submit(list(range(50, 61)), SamplingParams(temperature=0, max_new_tokens=28), priority=1)

@@ -1,3 +1,4 @@
+from collections import defaultdict
 from collections.abc import Sequence
 
 import pytest
@@ -54,6 +55,46 @@ def test_pieces_join_to_the_whole(ids: list[int]) -> None:
 def test_pieces_join_to_the_whole_after_a_prompt(prompt: list[int], ids: list[int]) -> None:
     before = BYTE_LEVEL.decode(prompt).rstrip(UNFINISHED)
     assert before + "".join(pushed(BYTE_LEVEL, ids, prompt)) == BYTE_LEVEL.decode(prompt + ids)
+
+
+class Unsure(Adapter):
+    """The same tokenizer, which knows of no id that its text does not depend on its neighbours."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(adapter.tokenizer)
+        self.own_texts = defaultdict(lambda: None)
+
+
+word_ids = st.lists(st.one_of(st.integers(0, 5), st.integers(0, WORD_PIECES.vocab_size - 1)), max_size=60)
+
+
+@given(any_ids, any_ids)
+def test_texts_that_are_kept_are_those_that_would_be_decoded(prompt: list[int], ids: list[int]) -> None:
+    assert pushed(BYTE_LEVEL, ids, prompt[:8]) == pushed(Unsure(BYTE_LEVEL), ids, prompt[:8])
+
+
+@given(word_ids, word_ids)
+def test_texts_that_are_kept_drop_no_space(prompt: list[int], ids: list[int]) -> None:
+    assert pushed(WORD_PIECES, ids, prompt[:8]) == pushed(Unsure(WORD_PIECES), ids, prompt[:8])
+
+
+def test_known_texts_are_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = BYTE_LEVEL.encode(CORPUS[0] * 3)
+    detokenizer = Detokenizer(BYTE_LEVEL)
+    told = [detokenizer.push(token) for token in ids]
+    detokenizer = Detokenizer(BYTE_LEVEL, ids[:1])
+    assert detokenizer.push(ids[1]) == told[1]
+    monkeypatch.setattr(detokenizer, "_decode", None)
+    assert [detokenizer.push(token) for token in ids[2:]] == told[2:]
+
+
+def test_decoders_that_look_at_neighbours_keep_nothing() -> None:
+    tokenizer = Tokenizer.from_str(BYTE_LEVEL.tokenizer.to_str())
+    for decoder in (decoders.WordPiece(), decoders.BPEDecoder(), decoders.CTC(), decoders.Strip(" ", 0, 1)):
+        tokenizer.decoder = decoder
+        assert Adapter(tokenizer).own_texts[BYTE_IDS[40]] is None
+    assert BYTE_LEVEL.own_texts[BYTE_IDS[40]] is not None
+    assert BYTE_LEVEL.own_texts[0] is None, "a special token"
 
 
 @given(st.text(max_size=30))

@@ -91,8 +91,10 @@ class World:
         assert len(scheduler.running) <= scheduler.max_batch
         assert len({one.id for one, _ in step}) == len(step)
         assert all(one.state is State.RUNNING and 1 <= count <= one.num_pending for one, count in step)
-        if any(count == 1 and one.generated for one, count in step):
-            assert sum(count for one, count in step if count > 1) <= scheduler.max_mixed_tokens
+        num_streams = sum(one.num_pending == 1 for one, _ in step)
+        if num_streams:
+            share = scheduler.max_step_tokens * (scheduler.max_batch - num_streams) // scheduler.max_batch
+            assert sum(count for _, count in step) - num_streams <= max(share, scheduler.max_mixed_tokens)
         assert step or self.in_flight or not self.live
         # Everybody past the prompt moves in every step, and so does the first in order.
         moving = {one.id for one, _ in step}
