@@ -24,6 +24,7 @@ from qinfer.engine.constraints import Words, keep_allowed
 from qinfer.engine.params import SamplingParams
 from qinfer.engine.penalties import Changes, Edits
 from qinfer.kernels.edit_logits import edit_logits
+from qinfer.kernels.greedy import greedy
 from qinfer.kernels.sample import ONE, draw, keep_top_k, keep_top_p, sample_rows, token_weights
 
 __all__ = [
@@ -148,7 +149,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         raise ValueError(f"logits must be [{len(rows)}, V], one row per request, got {list(logits.shape)}")
     logits = _edited(logits, rows)
     if all(row.params.temperature == 0 for row in rows):
-        return _sample_greedy(logits)
+        return greedy(logits)
     plain = [i for i, row in enumerate(rows) if row.params.is_plain]
     if len(plain) == len(rows):
         return _sample_plain(logits, rows)
@@ -184,7 +185,7 @@ class FixedRows:
         if logits.shape[0] != len(self._states):
             raise ValueError(f"logits must be [{len(self._states)}, V], one row per request, got {[*logits.shape]}")
         if self._is_greedy:
-            return _sample_greedy(logits)
+            return greedy(logits)
         self._table[:, -1] = [state.uniforms.at(step) for state, step in zip(self._states, steps, strict=True)]
         return _sample_table(logits, self._table)
 
@@ -240,13 +241,6 @@ def guide(positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
         raise ValueError(f"scale must be finite, got {scale}")
     mixed = negative + scale * (positive - negative)
     return torch.where((positive == -math.inf) | (negative == -math.inf), -math.inf, mixed)
-
-
-def _sample_greedy(logits: Tensor) -> Tensor:
-    """Take the likeliest token, the lower id of two."""
-    peak, best = logits.max(dim=-1)
-    # Zero for finite numbers, NaN for all others.
-    return best.masked_fill_((peak - peak) != 0, -1)
 
 
 def _sample_plain(logits: Tensor, rows: Sequence[Row]) -> Tensor:

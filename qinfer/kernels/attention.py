@@ -272,7 +272,7 @@ def _paged_attention_kernel(
         if b_runs > 1:
             if i_split < b_runs:
                 store_run(
-                    p_locks + i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum,
+                    p_locks, i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum,
                     b_start, b_num, o_token, i_head, o_head, m_row, m_out & (b_tile_start < b_tile_stop),
                     i_split, b_runs, num_splits, GROUP, NUM_HEADS, HEAD_DIM, BLOCK_S, HAS_LOCKS, HAS_ORDER,
                 )  # fmt: skip

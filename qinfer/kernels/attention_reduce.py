@@ -78,14 +78,15 @@ def _reduce_block(
 
 @triton.jit
 def store_run(
-    p_lock, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum, i_first, b_num, o_token, i_head, o_head, m_row,
-    m_part, i_split, b_runs, num_splits, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    p_locks, i_lock, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum, i_first, b_num, o_token, i_head, o_head,
+    m_row, m_part, i_split, b_runs, num_splits, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Store what a run has left of its block, and add the block up if this program is its last one to have come here.
 
     Args:
-        p_lock: how many programs of the block have come, left at zero.
+        p_locks: how many programs of a block have come, left at zero.
+        i_lock: number of the block.
         p_parts: [T, H, runs, D].
         p_lse: [T, H, runs].
         p_out: [T, H * D].
@@ -117,12 +118,12 @@ def store_run(
     if HAS_LOCKS:
         # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
         tl.debug_barrier()
-        if tl.atomic_add(p_lock, 1, sem="acq_rel") == b_runs - 1:
+        if tl.atomic_add(p_locks + i_lock, 1, sem="acq_rel") == b_runs - 1:
             _reduce_block(
                 p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
                 GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
             )  # fmt: skip
-            tl.store(p_lock, 0)
+            tl.store(p_locks + i_lock, 0)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
