@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from qinfer.errors import GroupError, UnsupportedError
+from qinfer.kernels.all_reduce import Mailboxes, all_reduce
 from qinfer.parallel.link import CLOSED, Limits, Link
+from qinfer.parallel.peers import open_mailboxes
 from qinfer.parallel.plan import GB
 
 # A rank that computes or compiles keeps beating, so a collective may wait for long; the link finds who is gone.
@@ -39,6 +41,13 @@ class Communicator(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of every rank's x; x itself may be overwritten with it."""
+        ...
+
+    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+        """Return parts [S, T, C] whose sum over S is that of all parts of every rank; S may differ between ranks.
+
+        What was given may be overwritten.
+        """
         ...
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
@@ -83,6 +92,10 @@ class Alone:
         """Return x, the sum over one rank."""
         return x
 
+    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+        """Return the parts, for whoever reads them to add."""
+        return parts
+
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """Return x, the only part.
 
@@ -122,6 +135,8 @@ class Alone:
 class Group:
     """Ranks of several processes, over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
+    Between GPUs that reach each other's memory, what is small goes through mailboxes there instead.
+
     Every failure of a rank ends the group: whatever is called then or waits raises GroupError, which names rank and
     cause. There is one group per process at a time.
 
@@ -159,6 +174,7 @@ class Group:
             raise UnsupportedError("this process has a torch.distributed group already; close the other model first")
         self.rank, self.size, self.device = link.rank, size, device
         self._link, self._limits, self._leave = link, limits, leave
+        self._mail: Mailboxes | None = None
         backend = "nccl" if device.type == "cuda" else "gloo"
         link.watch(self._fall)
         alarm = threading.Timer(limits.check, self._expire)
@@ -171,6 +187,8 @@ class Group:
                 dist.init_process_group(
                     backend, store=store, rank=self.rank, world_size=size, timeout=timeout, **options
                 )
+                if device.type == "cuda":
+                    self._mail = open_mailboxes(device, self.rank, size, self._everyone)
                 self._test()
                 dist.distributed_c10d._set_pg_timeout(PATIENCE)
         except BaseException:
@@ -184,6 +202,20 @@ class Group:
         with self._guarded():
             dist.all_reduce(x)
         return x
+
+    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+        """Add up the parts of all ranks.
+
+        Args:
+            parts: [S, T, C] fp32; S may differ between ranks; may be overwritten.
+
+        Returns:
+            [1, T, C], the same bits on all ranks.
+        """
+        if self._mail is not None and self._mail.fits(*parts.shape[1:]):
+            self._link.check()
+            return all_reduce(parts, self._mail)
+        return self.all_reduce(parts if parts.shape[0] == 1 else parts.sum(0, keepdim=True))
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """Join every rank's x along `dim`.
@@ -209,8 +241,14 @@ class Group:
         return torch.cat([whole.narrow(dim, 0, size) for whole, size in zip(parts, sizes, strict=True)], dim)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Overwrite x with rank 0's and return it."""
+        """Return rank 0's x, which may overwrite x."""
         x = x.contiguous()
+        if self._mail is not None and x.nbytes % 4 == 0 and self._mail.fits(1, x.nbytes // 4):
+            self._link.check()
+            bits = x.view(-1).view(torch.int32)[None, None]
+            # The sum of rank 0's bits and zeros.
+            sent = all_reduce(bits if self.rank == 0 else torch.zeros_like(bits), self._mail)
+            return sent.view(-1).view(x.dtype).view(x.shape)
         with self._guarded():
             dist.broadcast(x, 0)
         return x
@@ -294,6 +332,11 @@ class Group:
                 self._link.down(reason)
             raise GroupError(reason) from problem
 
+    def _everyone(self, mine: Sequence[int]) -> list[list[int]]:
+        """Return some integers of every rank."""
+        gathered = self.all_gather(torch.tensor([list(mine)], device=self.device), 0)
+        return [list(row) for row in gathered.tolist()]
+
     def _test(self) -> None:
         """Compare what every collective gives with what it must give, for unequal parts and an empty one as well."""
         ranks = torch.arange(self.size, device=self.device)
@@ -308,6 +351,11 @@ class Group:
             ),
             "broadcast": (self.broadcast(mine.clone()), torch.arange(1, 65, device=self.device)),
         }
+        # Several in a row use both buffers of the mailboxes.
+        for use in range(1, 4):
+            parts = mine.expand(1 + self.rank % 2, 3, 64) * use / (1 + self.rank % 2)
+            expected = use * total * torch.arange(1, 65, device=self.device).expand(1, 3, 64)
+            checks[f"all_reduce_parts, use {use},"] = (self.all_reduce_parts(parts.contiguous()), expected)
         for name, (got, expected) in checks.items():
             if not torch.equal(got, expected.to(got.dtype)):
                 reason = f"{name} gave a wrong result in the test at the start"
@@ -322,6 +370,8 @@ class Group:
 
     def _fall(self, reason: str) -> None:
         """Free whoever waits in a collective; the link calls this when the group is over."""
+        if reason != CLOSED and self._mail is not None:
+            self._mail.abort.fill_(1)
         self._leave(reason)
         if reason != CLOSED and self.device.type == "cuda" and dist.is_initialized():
             # The end of a peer does not free a GPU that waits for it.
