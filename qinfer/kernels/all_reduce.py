@@ -66,14 +66,14 @@ class Mailboxes:
     abort: Tensor
 
     @classmethod
-    def loopback(cls, size: int, channels: int, device: torch.device) -> Mailboxes:
-        """Make mailboxes by which rank 0 of `size` hears itself from every peer, for tests and timing on one device."""
+    def loopback(cls, size: int, channels: int, device: torch.device, *, rank: int = 0) -> Mailboxes:
+        """Make mailboxes by which one of `size` ranks hears itself from every peer: for tests, and to compile ahead."""
         words = torch.zeros((2 * channels + 1) * size * BLOCK, dtype=torch.int64, device=device)
         shape = (channels, 2, size, BLOCK)
         strides = (2 * size * BLOCK, size * BLOCK, BLOCK, 1)
-        # What goes to the place of rank 0 in box r is read at the place of rank r in box 0.
-        boxes = tuple(words.as_strided(shape, strides, rank * BLOCK) for rank in range(size))
-        return cls(0, boxes, torch.zeros(channels, dtype=torch.int32, device=device), make_abort(device))
+        # The place of rank i in box j is that of rank j in box i.
+        boxes = tuple(words.as_strided(shape, strides, peer * BLOCK) for peer in range(size))
+        return cls(rank, boxes, torch.zeros(channels, dtype=torch.int32, device=device), make_abort(device))
 
     @property
     def channels(self) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from qinfer.errors import GroupError, UnsupportedError
-from qinfer.kernels.all_reduce import Mailboxes, all_reduce
+from qinfer.kernels.all_reduce import BLOCK, Mailboxes, all_reduce
 from qinfer.parallel.link import CLOSED, Limits, Link
-from qinfer.parallel.peers import open_mailboxes
+from qinfer.parallel.peers import open_mailboxes, rehearse
 from qinfer.parallel.plan import GB
 
 # A rank that computes or compiles keeps beating, so a collective may wait for long; the link finds who is gone.
@@ -179,9 +179,11 @@ class Group:
         link.watch(self._fall)
         alarm = threading.Timer(limits.check, self._expire)
         alarm.daemon = True
-        alarm.start()
         try:
             with self._guarded():
+                if device.type == "cuda":
+                    rehearse(device, self.rank, size)  # compiles, which takes seconds that the alarm shall not count
+                alarm.start()
                 options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
                 timeout = timedelta(seconds=limits.check)
                 dist.init_process_group(
@@ -243,12 +245,16 @@ class Group:
     def broadcast(self, x: Tensor) -> Tensor:
         """Return rank 0's x, which may overwrite x."""
         x = x.contiguous()
-        if self._mail is not None and x.nbytes % 4 == 0 and self._mail.fits(1, x.nbytes // 4):
+        num_words = -(-x.nbytes // 4 // BLOCK) * BLOCK
+        if self._mail is not None and x.nbytes % 4 == 0 and self._mail.fits(1, num_words):
             self._link.check()
-            bits = x.view(-1).view(torch.int32)[None, None]
-            # The sum of rank 0's bits and zeros.
-            sent = all_reduce(bits if self.rank == 0 else torch.zeros_like(bits), self._mail)
-            return sent.view(-1).view(x.dtype).view(x.shape)
+            # The sum of rank 0's bits and of zeros. Whole channels, so that one kernel serves all lengths.
+            bits = x.new_zeros(1, 1, num_words, dtype=torch.int32)
+            mine = bits.view(-1)[: x.nbytes // 4]
+            if self.rank == 0:
+                mine.copy_(x.view(-1).view(torch.int32))
+            sent = all_reduce(bits, self._mail).view(-1)[: mine.numel()]
+            return sent.view(x.dtype).view(x.shape)
         with self._guarded():
             dist.broadcast(x, 0)
         return x

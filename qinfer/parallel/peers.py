@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qinfer.kernels.all_reduce import BLOCK, CHANNELS_PER_SM, Mailboxes, make_abort
+from qinfer.kernels.all_reduce import BLOCK, CHANNELS_PER_SM, Mailboxes, all_reduce, make_abort
 from qinfer.kernels.device import num_sms
 
 # Above so many bytes of a result NCCL is faster: its ring sends each of them less than twice, whatever the number of
@@ -25,6 +25,15 @@ from qinfer.kernels.device import num_sms
 ONE_SHOT_BYTES = 512 * 1024
 _HANDLE_BYTES = 1024  # room for a handle as JSON
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
+
+
+def rehearse(device: torch.device, rank: int, size: int) -> None:
+    """Compile what a rank sends through mailboxes at the start, without the others."""
+    if _is_served(size):
+        mail = Mailboxes.loopback(size, 1, device, rank=rank)
+        for num_parts, dtype in ((1, torch.float32), (2, torch.float32), (1, torch.int32)):
+            all_reduce(torch.zeros(num_parts, 1, BLOCK, dtype=dtype, device=device), mail)
+        torch.cuda.synchronize(device)
 
 
 def open_mailboxes(
@@ -41,7 +50,7 @@ def open_mailboxes(
     Returns:
         The mailboxes, once those of all ranks are empty; None on all ranks if one of them cannot reach another.
     """
-    if size == 1 or torch.version.hip is not None:
+    if not _is_served(size):
         return None
     facts = everyone([zlib.crc32(_BOOT.read_bytes()), device.index, num_sms(device)])
     places = [(machine, index) for machine, index, _ in facts]
@@ -53,6 +62,11 @@ def open_mailboxes(
     handles = everyone(list(_handle(box).ljust(_HANDLE_BYTES)))
     boxes = tuple(box if peer == rank else _open(bytes(handle), box) for peer, handle in enumerate(handles))
     return Mailboxes(rank, boxes, torch.zeros(channels, dtype=torch.int32, device=device), make_abort(device))
+
+
+def _is_served(size: int) -> bool:
+    """Say whether ranks on such GPUs may have mailboxes at all."""
+    return size > 1 and torch.version.hip is None
 
 
 def _can_reach(places: Sequence[tuple[int, int]], rank: int) -> bool:

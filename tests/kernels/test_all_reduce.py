@@ -98,9 +98,9 @@ def test_the_number_of_uses_wraps(body, device):
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_loopback_hears_itself(body, size, device):
-    mail = Mailboxes.loopback(size, 3, device)
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1), (4, 0), (4, 2)])
+def test_loopback_hears_itself(body, size, rank, device):
+    mail = Mailboxes.loopback(size, 3, device, rank=rank)
     for use in range(3):
         x = torch.arange(300.0, device=device).view(1, 1, 300) + use
         assert torch.equal(body(x, mail), size * x)
