@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +26,14 @@ from qinfer.parallel.plan import GB
 PATIENCE = timedelta(hours=1)
 # torch 2.13 renamed it.
 _gather_equal_parts = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Graph(Protocol):
+    """What a group asks of a recorded graph."""
+
+    def reset(self) -> None:
+        """Give up what was recorded."""
+        ...
 
 
 class Communicator(Protocol):
@@ -71,6 +81,10 @@ class Communicator(Protocol):
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send JSON from rank 0 to the others, which wait for it in `Group.receive`; nothing happens on other ranks."""
+        ...
+
+    def recorded(self, graph: Graph) -> None:
+        """Note a graph with collectives in it, which must not outlive the group and is reset when that is closed."""
         ...
 
     def fail(self, reason: str) -> None:
@@ -125,6 +139,9 @@ class Alone:
     def tell(self, message: dict[str, Any]) -> None:
         """Nobody listens."""
 
+    def recorded(self, graph: Graph) -> None:
+        """No graph has to end before this."""
+
     def fail(self, reason: str) -> None:
         """Nobody else is concerned."""
 
@@ -155,6 +172,7 @@ class Group:
         device: torch.device,
         limits: Limits,
         leave: Callable[[str], None],
+        clean: Callable[[], None] = lambda: None,
     ) -> None:
         """Connect the ranks and test the collectives with data.
 
@@ -165,6 +183,7 @@ class Group:
             device: where this rank computes, prepared.
             limits: how long connecting and testing may take.
             leave: what to do about the processes when the group is over; called once, with the reason, from any thread.
+            clean: called when the group is closed and nothing looks at the store any more.
 
         Raises:
             GroupError: a rank is gone, the test took too long, or a collective gave a wrong result.
@@ -173,8 +192,12 @@ class Group:
         if dist.is_initialized():
             raise UnsupportedError("this process has a torch.distributed group already; close the other model first")
         self.rank, self.size, self.device = link.rank, size, device
-        self._link, self._limits, self._leave = link, limits, leave
+        self._link, self._limits, self._leave, self._clean = link, limits, leave, clean
         self._mail: Mailboxes | None = None
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self._aborting = threading.Lock()
+        self._is_joined = False  # whether there are collectives to abort
+        atexit.register(self._quit)
         backend = "nccl" if device.type == "cuda" else "gloo"
         link.watch(self._fall)
         alarm = threading.Timer(limits.check, self._expire)
@@ -186,6 +209,7 @@ class Group:
                 alarm.start()
                 options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
                 timeout = timedelta(seconds=limits.check)
+                self._is_joined = True
                 dist.init_process_group(
                     backend, store=store, rank=self.rank, world_size=size, timeout=timeout, **options
                 )
@@ -315,14 +339,38 @@ class Group:
         """End the group because of something that happened on this rank; the first reason counts."""
         self._link.down(f"rank {self.rank}: {reason}")
 
+    def recorded(self, graph: Graph) -> None:
+        """Note a graph with collectives in it."""
+        self._graphs.add(graph)
+
     def close(self) -> None:
         """End the group in peace; may be called again."""
         if self.device.type == "cuda" and self._link.reason is None:
             torch.cuda.synchronize(self.device)
         self._link.down(CLOSED)
-        if dist.is_initialized():
-            # Destroying would wait for collectives of ranks that may be gone.
-            dist.distributed_c10d._abort_process_group()
+        self._end()
+        self._clean()
+        atexit.unregister(self._quit)
+
+    def _quit(self) -> None:
+        """End what would keep the program from ending; the others notice when it has."""
+        if self._mail is not None:
+            self._mail.abort.fill_(1)
+        self._end()
+
+    def _end(self) -> None:
+        """End the graphs, then the collectives: NCCL waits for the end of all graphs that hold collectives of it."""
+        for graph in list(self._graphs):
+            graph.reset()
+        self._graphs.clear()
+        self._abort()
+
+    def _abort(self) -> None:
+        """End the collectives, which frees whoever waits in one; destroying them would wait for ranks that are gone."""
+        with self._aborting:
+            if self._is_joined and dist.is_initialized():
+                dist.distributed_c10d._abort_process_group()
+                self._is_joined = False
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -379,9 +427,10 @@ class Group:
         if reason != CLOSED and self._mail is not None:
             self._mail.abort.fill_(1)
         self._leave(reason)
-        if reason != CLOSED and self.device.type == "cuda" and dist.is_initialized():
-            # The end of a peer does not free a GPU that waits for it.
-            dist.distributed_c10d._abort_process_group()
+        if reason != CLOSED and self.device.type == "cuda":
+            # The end of a peer does not free a GPU that waits for it. The abort ends as soon as all recorded graphs
+            # have, and the thread that must close the group for that may be this one.
+            threading.Thread(target=self._abort, name="qinfer-abort", daemon=True).start()
 
 
 def prepare(device: torch.device) -> None:

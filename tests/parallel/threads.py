@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qinfer.parallel.comm import check_sizes
+from qinfer.parallel.comm import Graph, check_sizes
 
 T = TypeVar("T")
 
@@ -49,6 +49,9 @@ class ThreadRank:
 
     def tell(self, message: dict[str, Any]) -> None:
         raise AssertionError("every rank is called by the test itself")
+
+    def recorded(self, graph: Graph) -> None:
+        raise AssertionError("threads of a CPU record nothing")
 
     def fail(self, reason: str) -> None:
         self._barrier.abort()
