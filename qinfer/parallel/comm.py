@@ -84,7 +84,7 @@ class Communicator(Protocol):
         ...
 
     def recorded(self, graph: Graph) -> None:
-        """Note a graph with collectives in it, which must not outlive the group and is reset when that is closed."""
+        """Note a graph with collectives in it, which is reset when the group is closed."""
         ...
 
     def fail(self, reason: str) -> None:
@@ -208,11 +208,9 @@ class Group:
                     rehearse(device, self.rank, size)  # compiles, which takes seconds that the alarm shall not count
                 alarm.start()
                 options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-                timeout = timedelta(seconds=limits.check)
+                options["timeout"] = timedelta(seconds=limits.check)
                 self._is_joined = True
-                dist.init_process_group(
-                    backend, store=store, rank=self.rank, world_size=size, timeout=timeout, **options
-                )
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, **options)
                 if device.type == "cuda":
                     self._mail = open_mailboxes(device, self.rank, size, self._everyone)
                 self._test()
@@ -360,9 +358,8 @@ class Group:
 
     def _end(self) -> None:
         """End the graphs, then the collectives: NCCL waits for the end of all graphs that hold collectives of it."""
-        for graph in list(self._graphs):
-            graph.reset()
-        self._graphs.clear()
+        while self._graphs:
+            self._graphs.pop().reset()
         self._abort()
 
     def _abort(self) -> None:
