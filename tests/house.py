@@ -30,23 +30,20 @@ FLOORS: dict[str, Floor] = {
     "base": _floor("errors env", "base", ""),
     "shares": _floor("parallel.split parallel.plan parallel.link engine.pages", "base shares", ""),
     "kernels": _floor("kernels", "base kernels", "torch triton"),
-    "files": _floor(
-        "checkpoint staging tensor_file parallel.comm parallel.spawn",
-        "base shares files",
-        "torch safetensors",
-    ),
+    "files": _floor("checkpoint staging tensor_file", "base shares files", "torch safetensors"),
+    "ranks": _floor("parallel.comm parallel.peers parallel.spawn", "base shares kernels ranks", "torch"),
     "text": _floor("tokenizer chat_template", "base files text", "tokenizers jinja2"),
     "memory": _floor("memory", "base memory", "torch"),
     "quant": _floor("quant", "base shares kernels files quant", "torch"),
     "cache": _floor("cache", "base shares kernels files cache", "torch"),
     "models": _floor(
-        "models parallel.context", "base shares kernels files text memory quant cache models", "torch numpy"
+        "models parallel.context", "base shares kernels files ranks text memory quant cache models", "torch numpy"
     ),
-    "engine": _floor("engine", "base shares kernels files text memory quant cache models engine", "torch numpy"),
+    "engine": _floor("engine", "base shares kernels files ranks text memory quant cache models engine", "torch numpy"),
     "assets": _floor("assets", "base assets", ""),
     "top": _floor(
         "programs bench compat util __main__ __init__",
-        "base shares kernels files text memory quant cache models engine assets top",
+        "base shares kernels files ranks text memory quant cache models engine assets top",
         "torch triton numpy rich markdown_it safetensors tokenizers jinja2",
     ),
 }

@@ -35,6 +35,7 @@ from qinfer.bench.shapes import (
     Variant,
     matrices,
 )
+from qinfer.kernels.all_reduce import BLOCK, Mailboxes
 from qinfer.kernels.operand import DenseOperand
 
 __all__ = ["CASES"]
@@ -189,6 +190,15 @@ def _matmul_parts_case(run: Run) -> None:
         return (x, operand), {"out_dtype": FP32}
 
 
+def _all_reduce_case(run: Run, size: int) -> None:
+    """The output projection of attention, in parts, and a rank that hears itself from every peer."""
+    channels = run.tokens * -(-run.shape.hidden // BLOCK)
+
+    @case("all_reduce", f"{run.name} R={size}", compiled=run.compiled and size == 4)
+    def _(m: Maker) -> Arguments:
+        return (m.parts(run, run.shape.hidden), Mailboxes.loopback(size, channels, m.device)), {}
+
+
 def _dense_head_case(run: Run) -> None:
     s, d = run.shape, run.dtype
 
@@ -274,6 +284,8 @@ def _register() -> None:
             _silu_mul_case(run, order=order)
         for interleaved, part in ((False, 1), (True, 1), (False, 2)):
             _rope_case(run, interleaved=interleaved, part=part)
+    for s, t, size in product((LLAMA, TINY), (1, 16), (2, 4)):
+        _all_reduce_case(Run(s, t, "fp16"), size)
     for s, rows in product(SHAPES, (1, 16, 64)):
         _sample_cases(s, rows)
     for s, half, step in product(SHAPES, HALVES, STEPS):

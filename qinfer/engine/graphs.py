@@ -67,6 +67,7 @@ class GraphRunner:
         max_batch: int,
         table_width: int,
         max_mixed_tokens: int = 0,
+        recorded: Callable[[torch.cuda.CUDAGraph], None] = lambda _: None,
     ) -> None:
         """Record nothing yet.
 
@@ -76,12 +77,14 @@ class GraphRunner:
             max_batch: Most sequences in a step.
             table_width: Pages of the longest sequence.
             max_mixed_tokens: Most tokens of a step with prompts or drafts that goes through a graph.
+            recorded: Gets every graph, to reset it before the ranks whose collectives it holds part.
         """
         self.buckets = bucket_sizes(max_batch)
         self.table_width = table_width
         # One sequence more, to which the padding belongs.
         self.mixed = tuple(Room(tokens, max_batch + 1, max_batch) for tokens in mixed_sizes(max_mixed_tokens))
         self._decoder = decoder
+        self._recorded = recorded
         self._cache = cache
         self._device = torch.device(cache.device)
         self._captured: dict[tuple[Room, bool], _Captured] = {}  # by room, and whether there are adapters
@@ -178,4 +181,5 @@ class GraphRunner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=side):
                 logits = self._decoder(batch, self._cache)
+        self._recorded(graph)
         return _Captured(graph=graph, batch=batch, logits=logits)

@@ -160,6 +160,7 @@ class StepRunner:
                 max_batch=max_batch,
                 table_width=table_width,
                 max_mixed_tokens=max_mixed_tokens + max_batch,
+                recorded=model.comm.recorded,
             )
 
     @property

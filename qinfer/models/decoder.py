@@ -55,9 +55,9 @@ class Block:
             [S, T, C] fp32, what this block has yet to add, in parts.
         """
         x = self.attention_norm(residual, delta)
-        delta = self.comm.all_reduce(self.attention(x, batch, cache))
+        delta = self.comm.all_reduce_parts(self.attention(x, batch, cache))
         x = self.mlp_norm(residual, delta)
-        return self.comm.all_reduce(self.mlp(x, batch))
+        return self.comm.all_reduce_parts(self.mlp(x, batch))
 
 
 @dataclass(frozen=True)

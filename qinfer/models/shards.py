@@ -26,7 +26,7 @@ from qinfer.parallel.plan import Plan, Span
 class SomeInputs:
     """A product of the inputs that this rank has; the sum over the ranks is the whole.
 
-    It is one part on every rank: how many parts are best depends on K, which differs between ranks.
+    The number of parts may differ between ranks: it depends on K.
     """
 
     linear: Linear
@@ -37,8 +37,8 @@ class SomeInputs:
         return self.linear.order
 
     def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Return [1, T, N] for this rank's x [T, K]."""
-        return self.linear(x, out_dtype=out_dtype)[None]
+        """Return [S, T, N] for this rank's x [T, K]."""
+        return self.linear.in_parts(x, out_dtype=out_dtype)
 
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices."""
@@ -133,7 +133,7 @@ class SomeRows:
             is_elsewhere = (rows < 0) | (rows >= num_rows)
             mine = gather_rows(self.table, rows.masked_fill(is_elsewhere, 0), out_dtype=torch.float32)
             mine.masked_fill_(is_elsewhere[:, None], 0.0)
-        return self.comm.all_reduce(mine)
+        return self.comm.all_reduce_parts(mine[None])[0]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,13 +17,23 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from qinfer.errors import GroupError, UnsupportedError
+from qinfer.kernels.all_reduce import BLOCK, Mailboxes, all_reduce
 from qinfer.parallel.link import CLOSED, Limits, Link
+from qinfer.parallel.peers import open_mailboxes, rehearse
 from qinfer.parallel.plan import GB
 
 # A rank that computes or compiles keeps beating, so a collective may wait for long; the link finds who is gone.
 PATIENCE = timedelta(hours=1)
 # torch 2.13 renamed it.
 _gather_equal_parts = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Graph(Protocol):
+    """What a group asks of a recorded graph."""
+
+    def reset(self) -> None:
+        """Give up what was recorded."""
+        ...
 
 
 class Communicator(Protocol):
@@ -39,6 +51,13 @@ class Communicator(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of every rank's x; x itself may be overwritten with it."""
+        ...
+
+    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+        """Return parts [S, T, C] whose sum over S is that of all parts of every rank; S may differ between ranks.
+
+        What was given may be overwritten.
+        """
         ...
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
@@ -64,6 +83,10 @@ class Communicator(Protocol):
         """Send JSON from rank 0 to the others, which wait for it in `Group.receive`; nothing happens on other ranks."""
         ...
 
+    def recorded(self, graph: Graph) -> None:
+        """Note a graph with collectives in it, which is reset when the group is closed."""
+        ...
+
     def fail(self, reason: str) -> None:
         """End the group because of something that happened on this rank, which may have lost step with the others."""
         ...
@@ -82,6 +105,10 @@ class Alone:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return x, the sum over one rank."""
         return x
+
+    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+        """Return the parts, for whoever reads them to add."""
+        return parts
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """Return x, the only part.
@@ -112,6 +139,9 @@ class Alone:
     def tell(self, message: dict[str, Any]) -> None:
         """Nobody listens."""
 
+    def recorded(self, graph: Graph) -> None:
+        """No graph has to end before this."""
+
     def fail(self, reason: str) -> None:
         """Nobody else is concerned."""
 
@@ -121,6 +151,8 @@ class Alone:
 
 class Group:
     """Ranks of several processes, over torch.distributed: NCCL between GPUs, gloo between CPUs.
+
+    Between GPUs that reach each other's memory, what is small goes through mailboxes there instead.
 
     Every failure of a rank ends the group: whatever is called then or waits raises GroupError, which names rank and
     cause. There is one group per process at a time.
@@ -140,6 +172,7 @@ class Group:
         device: torch.device,
         limits: Limits,
         leave: Callable[[str], None],
+        clean: Callable[[], None] = lambda: None,
     ) -> None:
         """Connect the ranks and test the collectives with data.
 
@@ -150,6 +183,7 @@ class Group:
             device: where this rank computes, prepared.
             limits: how long connecting and testing may take.
             leave: what to do about the processes when the group is over; called once, with the reason, from any thread.
+            clean: called when the group is closed and nothing looks at the store any more.
 
         Raises:
             GroupError: a rank is gone, the test took too long, or a collective gave a wrong result.
@@ -158,19 +192,27 @@ class Group:
         if dist.is_initialized():
             raise UnsupportedError("this process has a torch.distributed group already; close the other model first")
         self.rank, self.size, self.device = link.rank, size, device
-        self._link, self._limits, self._leave = link, limits, leave
+        self._link, self._limits, self._leave, self._clean = link, limits, leave, clean
+        self._mail: Mailboxes | None = None
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self._aborting = threading.Lock()
+        self._is_joined = False  # whether there are collectives to abort
+        atexit.register(self._quit)
         backend = "nccl" if device.type == "cuda" else "gloo"
         link.watch(self._fall)
         alarm = threading.Timer(limits.check, self._expire)
         alarm.daemon = True
-        alarm.start()
         try:
             with self._guarded():
+                if device.type == "cuda":
+                    rehearse(device, self.rank, size)  # compiles, which takes seconds that the alarm shall not count
+                alarm.start()
                 options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-                timeout = timedelta(seconds=limits.check)
-                dist.init_process_group(
-                    backend, store=store, rank=self.rank, world_size=size, timeout=timeout, **options
-                )
+                options["timeout"] = timedelta(seconds=limits.check)
+                self._is_joined = True
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, **options)
+                if device.type == "cuda":
+                    self._mail = open_mailboxes(device, self.rank, size, self._everyone)
                 self._test()
                 dist.distributed_c10d._set_pg_timeout(PATIENCE)
         except BaseException:
@@ -184,6 +226,20 @@ class Group:
         with self._guarded():
             dist.all_reduce(x)
         return x
+
+    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+        """Add up the parts of all ranks.
+
+        Args:
+            parts: [S, T, C] fp32; S may differ between ranks; may be overwritten.
+
+        Returns:
+            [1, T, C], the same bits on all ranks.
+        """
+        if self._mail is not None and self._mail.fits(*parts.shape[1:]):
+            self._link.check()
+            return all_reduce(parts, self._mail)
+        return self.all_reduce(parts if parts.shape[0] == 1 else parts.sum(0, keepdim=True))
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """Join every rank's x along `dim`.
@@ -209,8 +265,18 @@ class Group:
         return torch.cat([whole.narrow(dim, 0, size) for whole, size in zip(parts, sizes, strict=True)], dim)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Overwrite x with rank 0's and return it."""
+        """Return rank 0's x, which may overwrite x."""
         x = x.contiguous()
+        num_words = -(-x.nbytes // 4 // BLOCK) * BLOCK
+        if self._mail is not None and x.nbytes % 4 == 0 and self._mail.fits(1, num_words):
+            self._link.check()
+            # The sum of rank 0's bits and of zeros. Whole channels, so that one kernel serves all lengths.
+            bits = x.new_zeros(1, 1, num_words, dtype=torch.int32)
+            mine = bits.view(-1)[: x.nbytes // 4]
+            if self.rank == 0:
+                mine.copy_(x.view(-1).view(torch.int32))
+            sent = all_reduce(bits, self._mail).view(-1)[: mine.numel()]
+            return sent.view(x.dtype).view(x.shape)
         with self._guarded():
             dist.broadcast(x, 0)
         return x
@@ -271,14 +337,37 @@ class Group:
         """End the group because of something that happened on this rank; the first reason counts."""
         self._link.down(f"rank {self.rank}: {reason}")
 
+    def recorded(self, graph: Graph) -> None:
+        """Note a graph with collectives in it."""
+        self._graphs.add(graph)
+
     def close(self) -> None:
         """End the group in peace; may be called again."""
         if self.device.type == "cuda" and self._link.reason is None:
             torch.cuda.synchronize(self.device)
         self._link.down(CLOSED)
-        if dist.is_initialized():
-            # Destroying would wait for collectives of ranks that may be gone.
-            dist.distributed_c10d._abort_process_group()
+        self._end()
+        self._clean()
+        atexit.unregister(self._quit)
+
+    def _quit(self) -> None:
+        """End what would keep the program from ending; the others notice when it has."""
+        if self._mail is not None:
+            self._mail.abort.fill_(1)
+        self._end()
+
+    def _end(self) -> None:
+        """End the graphs, then the collectives: NCCL waits for the end of all graphs that hold collectives of it."""
+        while self._graphs:
+            self._graphs.pop().reset()
+        self._abort()
+
+    def _abort(self) -> None:
+        """End the collectives, which frees whoever waits in one; destroying them would wait for ranks that are gone."""
+        with self._aborting:
+            if self._is_joined and dist.is_initialized():
+                dist.distributed_c10d._abort_process_group()
+                self._is_joined = False
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -294,6 +383,11 @@ class Group:
                 self._link.down(reason)
             raise GroupError(reason) from problem
 
+    def _everyone(self, mine: Sequence[int]) -> list[list[int]]:
+        """Return some integers of every rank."""
+        gathered = self.all_gather(torch.tensor([list(mine)], device=self.device), 0)
+        return [list(row) for row in gathered.tolist()]
+
     def _test(self) -> None:
         """Compare what every collective gives with what it must give, for unequal parts and an empty one as well."""
         ranks = torch.arange(self.size, device=self.device)
@@ -308,6 +402,11 @@ class Group:
             ),
             "broadcast": (self.broadcast(mine.clone()), torch.arange(1, 65, device=self.device)),
         }
+        # Several in a row use both buffers of the mailboxes.
+        for use in range(1, 4):
+            parts = mine.expand(1 + self.rank % 2, 3, 64) * use / (1 + self.rank % 2)
+            expected = use * total * torch.arange(1, 65, device=self.device).expand(1, 3, 64)
+            checks[f"all_reduce_parts, use {use},"] = (self.all_reduce_parts(parts.contiguous()), expected)
         for name, (got, expected) in checks.items():
             if not torch.equal(got, expected.to(got.dtype)):
                 reason = f"{name} gave a wrong result in the test at the start"
@@ -322,10 +421,13 @@ class Group:
 
     def _fall(self, reason: str) -> None:
         """Free whoever waits in a collective; the link calls this when the group is over."""
+        if reason != CLOSED and self._mail is not None:
+            self._mail.abort.fill_(1)
         self._leave(reason)
-        if reason != CLOSED and self.device.type == "cuda" and dist.is_initialized():
-            # The end of a peer does not free a GPU that waits for it.
-            dist.distributed_c10d._abort_process_group()
+        if reason != CLOSED and self.device.type == "cuda":
+            # The end of a peer does not free a GPU that waits for it. The abort ends as soon as all recorded graphs
+            # have, and the thread that must close the group for that may be this one.
+            threading.Thread(target=self._abort, name="qinfer-abort", daemon=True).start()
 
 
 def prepare(device: torch.device) -> None:

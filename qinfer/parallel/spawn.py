@@ -102,10 +102,6 @@ def lead(
     common |= {"address": asdict(listener.address), "limits": asdict(limits)}
     children = Children([{**common, "rank": rank, "device": devices[rank]} for rank in range(1, size)])
 
-    def leave(_: str) -> None:
-        children.end()
-        folder.cleanup()
-
     device = torch.device(devices[0])
     try:
         started(children)
@@ -115,7 +111,16 @@ def lead(
         children.end(grace=0)
         folder.cleanup()
         raise
-    return Group(link, FileStore(store, size), size=size, device=device, limits=limits, leave=leave)
+    # The file stays as long as the collectives: a thread of NCCL's looks into it now and then, and would wait for it.
+    return Group(
+        link,
+        FileStore(store, size),
+        size=size,
+        device=device,
+        limits=limits,
+        leave=lambda _: children.end(),
+        clean=folder.cleanup,
+    )
 
 
 def follow() -> None:

@@ -8,7 +8,13 @@ def test_alone_is_the_identity_without_a_copy() -> None:
     comm: Communicator = Alone()
     x = torch.arange(6.0).reshape(2, 3)
     expected = x.clone()
-    for result in (comm.all_reduce(x), comm.all_gather(x, 1), comm.all_gather(x, -2), comm.broadcast(x)):
+    for result in (
+        comm.all_reduce(x),
+        comm.all_reduce_parts(x),
+        comm.all_gather(x, 1),
+        comm.all_gather(x, -2),
+        comm.broadcast(x),
+    ):
         assert result is x
     assert torch.equal(x, expected)
     assert (comm.rank, comm.size) == (0, 1)

@@ -62,6 +62,30 @@ def test_collectives_and_an_error_on_a_rank() -> None:
     assert not torch.distributed.is_initialized()
 
 
+class Recording:
+    """Stands for a CUDA graph: NCCL's end would wait for its own."""
+
+    was_joined: bool | None = None
+
+    def reset(self) -> None:
+        self.was_joined = torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("reason", [None, "enough"])
+def test_graphs_end_before_the_collectives(reason: str | None) -> None:
+    group = lead(OBEY, {}, ["cpu"] * 2)
+    graphs = [Recording(), Recording()]
+    try:
+        for graph in graphs:
+            group.recorded(graph)
+        if reason is not None:
+            group.fail(reason)
+    finally:
+        group.close()
+    assert [graph.was_joined for graph in graphs] == [True, True]
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_stopped_rank_is_ended() -> None:
     processes: list[Children] = []
     group = lead(OBEY, {}, ["cpu"] * 2, limits=SHORT, started=processes.append)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qinfer.parallel.comm import check_sizes
+from qinfer.parallel.comm import Graph, check_sizes
 
 T = TypeVar("T")
 
@@ -32,6 +32,9 @@ class ThreadRank:
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(0)
 
+    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+        return self.all_reduce(parts.sum(0, keepdim=True))
+
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         check_sizes(x, dim, sizes, rank=self.rank, size=self.size)
         parts = self._exchange(x)
@@ -46,6 +49,9 @@ class ThreadRank:
 
     def tell(self, message: dict[str, Any]) -> None:
         raise AssertionError("every rank is called by the test itself")
+
+    def recorded(self, graph: Graph) -> None:
+        raise AssertionError("threads of a CPU record nothing")
 
     def fail(self, reason: str) -> None:
         self._barrier.abort()
