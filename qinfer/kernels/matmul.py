@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from math import gcd
 from threading import Lock
 
 import torch
@@ -34,16 +33,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qinfer.kernels.dequant import check_plane_operand, dequantize, load_step, slice_codes, step_constants
+from qinfer.kernels.dequant import (
+    check_plane_operand,
+    constants_of,
+    dequantize,
+    load_step,
+    scaled_codes,
+    slice_codes,
+    spread,
+)
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand, step_k
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
-from qinfer.kernels.tiles import Tile, lookup, registers
+from qinfer.kernels.tiles import Tile, lookup, registers, shared_bytes
 
 FUSED_ROWS = 64
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
-MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
+WARP = 32
+MAX_STAGES = 6
 
 # Matrices that the reference has dequantized on a CPU, as long as their planes live.
 _kept: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
@@ -94,7 +102,7 @@ def matmul_reference(
 
 @triton.jit
 def _scales(p_scales, i_group, o_n, m_n, N64):
-    """Load the scales of one group: [BLOCK_N, 1] fp32.
+    """Load the scales of one group for outputs of any shape, in fp32.
 
     As 32-bit words of two, because Triton's pipeline fetches nothing narrower ahead of its use, and waiting in every
     step for scales to come from memory costs as much as the products.
@@ -103,7 +111,7 @@ def _scales(p_scales, i_group, o_n, m_n, N64):
     o_scale = o_n + (first & 1).to(tl.int32)  # from the last even element on, where a pair begins
     p_pairs = p_scales.to(tl.pointer_type(tl.int32), bitcast=True) + (first >> 1)
     b_bits = tl.load(p_pairs + (o_scale >> 1), mask=m_n, other=0) >> (o_scale & 1) * 16
-    return b_bits.to(tl.int16).to(p_scales.dtype.element_ty, bitcast=True).to(tl.float32)[:, None]
+    return b_bits.to(tl.int16).to(p_scales.dtype.element_ty, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -113,8 +121,13 @@ def accumulate_part(
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
     GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    COPIES: tl.constexpr = 0,
 ):  # fmt: skip
-    """Multiply one part of K of one segment: [BLOCK_N, BLOCK_M] fp32."""
+    """Multiply one part of K of one segment: [BLOCK_N, BLOCK_M] fp32.
+
+    COPIES is 0 to scale the sums of a group. Otherwise weights are scaled before they are multiplied, and it says how
+    many times each scale is loaded.
+    """
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     STEP: tl.constexpr = SLICES * 32
     o_c = tl.arange(0, 32)
@@ -145,10 +158,17 @@ def accumulate_part(
                     b_group_codes -= b_offsets.to(DTYPE)[:, None]
                 m_group = m_x & (o_c[:, None] // 16 == half) if RUN == 0 else m_x
                 b_x = tl.load(p_step + s * 32, mask=m_group, other=0.0)
-                b_part = tl.dot(b_group_codes, b_x, b_part, input_precision="ieee")
-                if RUN == 0 or (s + 1) % RUN == 0:
-                    b_acc += b_part * _scales(p_scales, i_group, o_n, m_n, N64)
-                    b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                if COPIES > 0:
+                    if RUN == 0 or s % RUN == 0:
+                        o_copies = o_n[:, None] + tl.zeros([1, COPIES], tl.int32)
+                        b_scales = spread(_scales(p_scales, i_group, o_copies, m_n[:, None], N64))
+                    b_weights = scaled_codes(b_group_codes, b_scales, p_scales.dtype.element_ty, PTX)
+                    b_acc = tl.dot(b_weights, b_x, b_acc, input_precision="ieee")
+                else:
+                    b_part = tl.dot(b_group_codes, b_x, b_part, input_precision="ieee")
+                    if RUN == 0 or (s + 1) % RUN == 0:
+                        b_acc += b_part * _scales(p_scales, i_group, o_n, m_n, N64)[:, None]
+                        b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     return b_acc
 
 
@@ -160,7 +180,7 @@ def _matmul_kernel(
     p_out,  # [parts of K, M, N], rows out_stride apart
     M, N, x_stride, out_stride, first_features, first_parts, num_highs, num_groups, group_sizes,
     SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, COPIES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
     i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -178,8 +198,8 @@ def _matmul_kernel(
                 i_k - first_parts[g], first_parts[g + 1] - first_parts[g], o_m, o_n, m_m, m_n, N64,
                 first_features[g + 1] - first_features[g], x_stride, num_highs[g], num_groups[g], group_sizes[g],
                 SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], SEGMENTS[g][4], SEGMENTS[g][5],
-                SEGMENTS[g][6], SEGMENTS[g][7], PTX, BLOCK_M, BLOCK_N, STAGES,
-                OVERLAP,
+                SEGMENTS[g][6], SEGMENTS[g][7], PTX, BLOCK_M, BLOCK_N, STAGES[g],
+                OVERLAP, COPIES,
             )  # fmt: skip
     let_next_start(OVERLAP)
     if HAS_BIAS:
@@ -301,6 +321,7 @@ def _fused(
         y = torch.empty(parts, m, n, dtype=dtype if parts == 1 else torch.float32, device=x.device)
     else:
         y = out[None]
+    copies = max(1, WARP * tile.warps // tile.block_n) if tile.scaled else 0
     _matmul_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](
         x, tuple(s.planes[0] for s in segments), tuple(s.planes[-1] for s in segments),
         tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
@@ -309,10 +330,25 @@ def _fused(
         tuple(s.planes[0].shape[0] for s in segments), tuple(s.scales.shape[0] for s in segments),
         tuple(s.group_size for s in segments),
         SEGMENTS=tuple(constants_of(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=stages_of(tile, segments), COPIES=copies, num_warps=tile.warps,
         **registers(arch(x.device), tuple(s.bits for s in segments), tile), **overlap(x),
     )  # fmt: skip
     return y
+
+
+def stages_of(tile: Tile, segments: Sequence[PlaneOperand]) -> tuple[int, ...]:
+    """Return the pipeline stages of every segment: what the widest needs of shared memory, the others may have too."""
+    widths = [segment.bits for segment in segments]
+    limit = max(shared_bytes(bits, tile.block_m, tile.block_n, tile.stages) for bits in widths)
+    depths = range(tile.stages, MAX_STAGES + 1)
+    return (
+        tuple(
+            max(depth for depth in depths if shared_bytes(bits, tile.block_m, tile.block_n, depth) <= limit)
+            for bits in widths
+        )
+        if len(segments) > 1
+        else (tile.stages,)
+    )
 
 
 def _add_up(parts: Tensor, out: Tensor) -> None:
@@ -321,15 +357,6 @@ def _add_up(parts: Tensor, out: Tensor) -> None:
     block_m = 1 if m == 1 else 4
     grid = (triton.cdiv(n, SUM_COLUMNS), triton.cdiv(m, block_m))
     _sum_kernel[grid](parts, out, m, n, out.stride(0), num_parts, BLOCK_M=block_m, BLOCK_N=SUM_COLUMNS, **overlap(out))
-
-
-def constants_of(segment: PlaneOperand) -> tuple[int | bool, ...]:
-    """Return what a kernel is compiled for: BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K."""
-    constants = step_constants(segment.bits)
-    run = gcd(segment.group_size // SLICE_K, constants["SLICES"]) if segment.group_size >= SLICE_K else 0
-    group = segment.group_size if segment.group_size <= MAX_CONSTANT_GROUP else 0
-    is_even = segment.in_features % step_k(segment.bits) == 0
-    return (*constants.values(), run, group, segment.offsets is not None, is_even)
 
 
 def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand]) -> int:

@@ -33,13 +33,18 @@ TABLES = Path(__file__).parent / "tile_tables"
 
 @dataclass(frozen=True)
 class Tile:
-    """How a matmul is cut: rows and columns of the output per program, parts of K, warps and pipeline stages."""
+    """How a matmul is cut: rows and columns of the output per program, parts of K, warps and pipeline stages.
+
+    With `scaled`, weights take their scales before they are multiplied, and not the sums of a group after it: an
+    operation per weight instead of one per sum and group, and one set of sums in the registers instead of two.
+    """
 
     block_m: int
     block_n: int
     split_k: int
     warps: int
     stages: int
+    scaled: bool = False
 
 
 class Product(NamedTuple):
@@ -125,7 +130,7 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
         (rows, columns, stages)
         for rows, columns in ((block_m, block_n), (block_m, 64), (block_m // 2, 64), (16, 64))
         for stages in (3, 2)
-        if max(_shared_bytes(bits, rows, columns, stages) for bits in widths)
+        if max(shared_bytes(bits, rows, columns, stages) for bits in widths)
         <= (FEW_ROWS_BYTES if rows == 16 else SHARED_BYTES)
     ]
     block_m, block_n, stages = fits[0]
@@ -135,7 +140,7 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
     return Tile(block_m, block_n, split_k, 4 if block_m * block_n < 64 * 128 else 8, stages)
 
 
-def _shared_bytes(bits: int, block_m: int, block_n: int, stages: int) -> int:
+def shared_bytes(bits: int, block_m: int, block_n: int, stages: int) -> int:
     """Return the shared memory of a pipeline; x takes one stage more, for wgmma reads it while the next loads come."""
     step = step_k(bits)
     words = sum(step // tile_k(width) for width in FIELDS[bits]) * SLICE_K
