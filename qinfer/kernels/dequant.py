@@ -28,8 +28,7 @@ from qinfer.kernels.device import is_ptx_target, op
 from qinfer.kernels.operand import FIELDS, SLICE_K, PlaneOperand, step_k, tile_k
 from qinfer.kernels.packing import unpack_planes
 
-BLOCK_N = 64
-VARIANT = (64, 4, False)
+BLOCK_N = 32
 MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
 LOW = 4  # number of the word of the low plane; 0 to 3 are of tiles of the high plane
 
@@ -217,7 +216,7 @@ def scaled_codes(b_codes, b_scales, SCALE: tl.constexpr, PTX: tl.constexpr):
     if PTX and SCALE == DTYPE and DTYPE.primitive_bitwidth == 16:
         # The product of two numbers of a type, rounded to that type: what fp32, which holds it exactly, rounds to.
         b_factors = b_scales.to(DTYPE)
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             # Adding -0.0 changes nothing; sm_80 has no packed product in bf16 without an addition.
             return tl.inline_asm_elementwise(
                 "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
@@ -294,10 +293,9 @@ def _dequantize_kernel(
     p_high, p_low, p_scales, p_offsets, p_out, N, K, out_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
     GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
-    K_FIRST: tl.constexpr,
 ):  # fmt: skip
-    i_step = tl.program_id(0) if K_FIRST else tl.program_id(1)
-    i_n = tl.program_id(1) if K_FIRST else tl.program_id(0)
+    # Programs that write the same rows sit next to each other, so rows are written from end to end.
+    i_step, i_n = tl.program_id(0), tl.program_id(1)
     DTYPE: tl.constexpr = p_out.dtype.element_ty
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_c = tl.arange(0, 32)[None, :]
@@ -380,13 +378,10 @@ def dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype, out
     n, k = operand.out_features, operand.in_features
     if out is None:
         out = torch.empty(n, k, dtype=dtype, device=planes.device)
-    block_n, warps, k_first = VARIANT
-    grid = (triton.cdiv(n, block_n), triton.cdiv(k, step_k(operand.bits)))
-    grid = grid[::-1] if k_first else grid
     if n and k:
-        _dequantize_kernel[grid](
+        _dequantize_kernel[(triton.cdiv(k, step_k(operand.bits)), triton.cdiv(n, BLOCK_N))](
             planes, operand.planes[-1], operand.scales, operand.scales if operand.offsets is None else operand.offsets,
             out, n, k, out.stride(0), planes.shape[0], operand.scales.shape[0], operand.group_size,
-            *constants_of(operand), PTX=is_ptx_target(planes), BLOCK_N=block_n, K_FIRST=k_first, num_warps=warps,
+            *constants_of(operand), PTX=is_ptx_target(planes), BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
     return out
