@@ -146,7 +146,7 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--rows", "65"], "--rows must be from 1 to 64"),
+        (["--rows", "513"], "--rows must be from 1 to 512"),
         (["--weights", "exl2-4.0"], "--weights exl2-4.0 mixes several"),
     ],
 )
