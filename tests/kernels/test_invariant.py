@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import qinfer.kernels.invariant as invariant_module
 import qinfer.kernels.matmul as matmul_module
 from qinfer.bench.recipes import PACKED
 from qinfer.kernels.attention import paged_attention
@@ -28,8 +27,7 @@ K, N = 2048, 64
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one multiprocessor even these small matrices are split by the number of rows: in 4 for one, in 2 for 64."""
-    for module in (matmul_module, invariant_module):
-        monkeypatch.setattr(module, "num_sms", lambda device: 1)
+    monkeypatch.setattr(matmul_module, "num_sms", lambda device: 1)
 
 
 def _operand(kind: str, device: torch.device) -> Operand:
