@@ -6,6 +6,7 @@ is touched and shapes of any size are free; `fill="random"` makes valid data (pe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, product, starmap
 
 import torch
@@ -36,7 +37,7 @@ from qinfer.bench.shapes import (
     matrices,
 )
 from qinfer.kernels.all_reduce import BLOCK, Mailboxes
-from qinfer.kernels.operand import DenseOperand
+from qinfer.kernels.operand import DenseOperand, SegmentedOperand
 
 __all__ = ["CASES"]
 
@@ -180,6 +181,17 @@ def _matmul_case(matrix: Matrix, stored: Stored, t: int, half: str, *, compiled:
         return (m.normal(t, matrix.k, dtype=d), m.planes(matrix, stored, d)), keywords
 
 
+def _mixture_case(matrix: Matrix, t: int, half: str, *, compiled: bool) -> None:
+    """An EXL2 matrix of 4 bits on average: segments of three widths, a tenth of the features above and below."""
+
+    @case("matmul", f"{matrix.name} T={t} {half} 5, 4 and 3 bits", compiled=compiled)
+    def _(m: Maker) -> Arguments:
+        d, few = HALVES[half], matrix.k // 10 // 128 * 128
+        sizes = {5: few, 4: matrix.k - 2 * few, 3: few}
+        planes = (m.planes(replace(matrix, k=k), Stored("", bits=bits), d) for bits, k in sizes.items())
+        return (m.normal(t, matrix.k, dtype=d), SegmentedOperand(tuple(planes))), {}
+
+
 def _matmul_parts_case(run: Run) -> None:
     """The output projection of attention, which the next norm adds up."""
     matrix = matrices(run.shape)[1]
@@ -272,6 +284,10 @@ def _sample_cases(s: Shape, rows: int) -> None:
         return (logits, logits, places, m.normal(rows * per_row, 3, dtype=FP32)), {}
 
 
+# Of the wide tiles, one with long steps and one with long words.
+WIDE = ((128, "fp16", 5), (128, "bf16", 8))
+
+
 def _register() -> None:
     """Fill `CASES`."""
     for run in starmap(Run, product(SHAPES, TOKENS, HALVES)):
@@ -293,16 +309,21 @@ def _register() -> None:
             _attention_case(s, half, step, variant)
     for s, half, step, variant in product((LLAMA, TINY), HALVES, STEPS, CODED):
         _attention_case(s, half, step, variant)
-    for s, t, half in product(SHAPES, (1, 4, 16, 64, 2048), HALVES):
+    for s, t, half in product(SHAPES, (1, 4, 16, 64, 256, 2048), HALVES):
         for matrix in matrices(s):
             compiled = matrix.bias and half == "bf16" if s is QWEN else Run(s, t, half).compiled and t <= s.hidden // 16
             _matmul_case(matrix, G128, t, half, compiled=compiled)
     qkv, _o, gate_up, down = matrices(LLAMA)
-    for stored, half, t in product(OTHERS, HALVES, (*TOKENS, 64)):
+    for stored, half, t in product(OTHERS, HALVES, (*TOKENS, 64, 128)):
         _matmul_case(qkv, stored, t, half, compiled=t == 16 and half == "fp16")
-        _matmul_case(gate_up, stored, t, half, compiled=t == 64 and half == "bf16")
-    for stored, half, t in product(WIDTHS, HALVES, (*TOKENS, 64)):
-        _matmul_case(qkv, stored, t, half, compiled=(t, half) in ((1, "fp16"), (64, "bf16")))
+        wanted = t == 64 or (t == 128 and stored.group_size == 64)
+        _matmul_case(gate_up, stored, t, half, compiled=wanted and half == "bf16")
+    for stored, half, t in product(WIDTHS, HALVES, (*TOKENS, 64, 128)):
+        wanted = (t, half) in ((1, "fp16"), (64, "bf16")) or (t, half, stored.bits) in WIDE
+        _matmul_case(qkv, stored, t, half, compiled=wanted)
+    # Compiled by hand, for that takes half a minute for a target.
+    for half, t in product(HALVES, (*TOKENS, 64, 128)):
+        _mixture_case(qkv, t, half, compiled=False)
     for stored, half in product((G128, *OTHERS, *WIDTHS), HALVES):
         _dequantize_case(down, stored, half)
     _packing_cases(matrices(LLAMA)[-1])

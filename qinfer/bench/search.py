@@ -36,10 +36,18 @@ def candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
     for block_n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 5, 6)):
         if warps == 8 and block_n == 64 and block_m < 64:
             continue
-        for split_k in (1, 2, 3, 4, 6, 8, 12, 16):
-            programs = ceil(n / block_n) * split_k
-            if split_k == 1 or (ceil(k / 128) // split_k >= 2 and programs <= 16 * sms):
-                yield Tile(block_m, block_n, split_k, warps, stages)
+        for split_k in _splits(block_m, block_n, m, n, k, sms):
+            yield Tile(block_m, block_n, split_k, warps, stages)
+    for warps, stages in itertools.product((4, 8), (2, 3)) if m > 64 else ():
+        for split_k in _splits(128, 128, m, n, k, sms):
+            yield Tile(128, 128, split_k, warps, stages, scaled=True)
+
+
+def _splits(block_m: int, block_n: int, m: int, n: int, k: int, sms: int) -> list[int]:
+    """Return into how many parts K may be cut: two steps to each, and no more programs than keep a GPU busy."""
+    programs = ceil(n / block_n) * ceil(m / block_m)
+    most = min(ceil(k / 128) // 2, 16 * sms // programs)
+    return [split_k for split_k in (1, 2, 3, 4, 6, 8, 12, 16) if split_k == 1 or split_k <= most]
 
 
 def search(

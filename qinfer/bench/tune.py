@@ -30,9 +30,9 @@ from qinfer.bench.synthetic import PRESETS, synthetic_model
 from qinfer.cache.paged import PagedKVCache
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import arch, default_device, num_sms
-from qinfer.kernels.matmul import FUSED_ROWS, matmul
+from qinfer.kernels.matmul import matmul
 from qinfer.kernels.operand import PlaneOperand
-from qinfer.kernels.tiles import TABLES, Product, Tile, bucket, trial
+from qinfer.kernels.tiles import MEASURED, TABLES, Product, Tile, bucket, trial
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 PAGE_SIZE = 256
+MAX_ROWS = 512  # beyond them no tile was ever faster than writing the matrix out
 TOLERANCE = 2e-3  # relative RMS of a product against its reference
 FAILURES = (OutOfResources, PTXASError, CompilationError)  # too much shared memory or too many registers
 
@@ -50,7 +51,9 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--preset", choices=PRESETS, action="append", help="may be repeated; default: llama-3.1-8b")
     told = f"integer weights: {', '.join(name for name in PACKED if name.startswith('int'))}; default: int4-g128"
     parser.add_argument("--weights", choices=PACKED, default="int4-g128", metavar="KIND", help=told)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="batch sizes; 64 at most")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64], help=f"batch sizes; {MAX_ROWS} at most"
+    )
     parser.add_argument("--layers", type=int, default=4, help="of the step that is timed; default: 4")
     parser.add_argument("--context", type=int, default=512, help="tokens of every sequence; default: 512")
     parser.add_argument("--seconds", type=float, default=120, help="for each preset and batch size; default: 120")
@@ -60,8 +63,8 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tune every preset at every batch size, and write after each."""
-    if not all(1 <= m <= FUSED_ROWS for m in options.rows) or options.layers < 1:
-        raise ValueError(f"--rows must be from 1 to {FUSED_ROWS} and --layers at least 1")
+    if not all(1 <= m <= MAX_ROWS for m in options.rows) or options.layers < 1:
+        raise ValueError(f"--rows must be from 1 to {MAX_ROWS} and --layers at least 1")
     if not options.weights.startswith("int"):
         raise UnsupportedError(f"tables have rows for one width: --weights {options.weights} mixes several")
     device = default_device()
@@ -124,7 +127,9 @@ class Step:
 
     def choices(self, key: Product) -> list[Tile]:
         """Return the tiles to try for a matrix."""
-        return list(candidates(key.m_max, key.n, key.k, num_sms(self.model.device)))
+        device = self.model.device
+        tiles = candidates(key.m_max, key.n, key.k, num_sms(device))
+        return [tile for tile in tiles if not tile.scaled or arch(device) in MEASURED]
 
     def run(self) -> Tensor:
         """Run the step."""

@@ -18,8 +18,9 @@ from torch.nn.functional import pad
 from qinfer.errors import CheckpointError
 from qinfer.kernels.dequant import dequantize
 from qinfer.kernels.gather import gather_columns
-from qinfer.kernels.matmul import FUSED_ROWS, matmul
+from qinfer.kernels.matmul import matmul
 from qinfer.kernels.operand import DenseOperand, Operand, SegmentedOperand
+from qinfer.kernels.tiles import FUSED_ROWS
 from qinfer.quant.exl2 import COLUMNS_STEP, EXL2Weight
 from qinfer.quant.gptq import GPTQWeight
 from qinfer.quant.weight import Weight

@@ -13,8 +13,9 @@ MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
 # Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
 # found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
 REGISTERS = {"maxnreg": 255}
-# Decode, and decode over codes of six bits: six or five programs of two warps per multiprocessor.
-LEAN = {"sm_90": ({"maxnreg": 168}, {"maxnreg": 200})}
+# Decode over codes: as many programs of two warps per multiprocessor as go without spills, six of them over four bits.
+LEAN = {"sm_90": {"plain": 168, "q4": 168, "q6": 255}}
+LEAN_REGISTERS = 200  # elsewhere in that table
 SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
 
 
@@ -69,15 +70,15 @@ def choose_tiles(
         tiles = Tiles(64, 16, 8, 3)
     elif rows <= 64 and group <= 32:
         tiles = Tiles(32, 64, 4, 3)
-    elif is_hip or head_dim <= 64:
-        tiles = Tiles(128, 64 if head_dim <= 64 else 32, 8, 3)
-    elif arch == "sm_90" and not is_coded:
-        tiles = Tiles(128, 128, 8, 2)
+    elif head_dim <= 64:
+        tiles = Tiles(128, 64, 8, 3)
+    elif arch == "sm_90":
+        tiles = Tiles(64, 64, 4, 2) if is_coded else Tiles(128, 64, 8, 3)
     else:
-        tiles = Tiles(64, 64, 4, 2)
+        tiles = Tiles(128, 32, 8, 3)
     if is_coded and rows > 16:
-        most = 64 if tiles.block_m == 64 and head_dim <= 128 else 32
-        tiles = tiles._replace(block_n=min(tiles.block_n, most), num_stages=min(tiles.num_stages, 2))
+        block_n = tiles.block_n if arch == "sm_90" and tiles.block_m == 64 else min(tiles.block_n, 32)
+        tiles = tiles._replace(block_n=block_n, num_stages=min(tiles.num_stages, 2))
     # Every stage but the one in registers is a buffer of keys and one of values; there is less room for them on AMD.
     # The largest power of two that divides the page size bounds a tile that lies in one page.
     num_stages = min(tiles.num_stages, 2) if is_hip else tiles.num_stages
@@ -93,5 +94,5 @@ def registers(arch: str, tiles: Tiles, schemes: tuple[str, str], *, has_order: b
     """Return the option of a launch that sets the limit of registers, if it needs one."""
     is_coded = schemes != ("plain", "plain")
     if tiles.keys_first and arch in LEAN and (is_coded or has_order):
-        return LEAN[arch]["q6" in schemes]
+        return {"maxnreg": max(LEAN[arch].get(scheme, LEAN_REGISTERS) for scheme in schemes)}
     return REGISTERS if arch in SAVES_ALWAYS or (is_coded and arch in SAVES_FOR_CODES) else {}

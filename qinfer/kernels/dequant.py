@@ -17,6 +17,7 @@ gives the same numbers (Source of the magic exponent: Kim et al. 2022, arXiv 221
 from __future__ import annotations
 
 import struct
+from math import gcd
 
 import torch
 import triton
@@ -27,7 +28,8 @@ from qinfer.kernels.device import is_ptx_target, op
 from qinfer.kernels.operand import FIELDS, SLICE_K, PlaneOperand, step_k, tile_k
 from qinfer.kernels.packing import unpack_planes
 
-BLOCK_N = 64
+BLOCK_N = 32
+MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
 LOW = 4  # number of the word of the low plane; 0 to 3 are of tiles of the high plane
 
 
@@ -193,6 +195,42 @@ def slice_codes(b_words, BITS: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.cons
 
 
 @triton.jit
+def spread(b_values):
+    """Repeat values [BLOCK_N, COPIES] along a slice: [BLOCK_N, 32]."""
+    COPIES: tl.constexpr = b_values.shape[1]
+    b_copies = tl.broadcast_to(b_values[:, :, None], [b_values.shape[0], COPIES, 32 // COPIES])
+    return tl.reshape(b_copies, [b_values.shape[0], 32])
+
+
+@triton.jit
+def scaled_codes(b_codes, b_scales, SCALE: tl.constexpr, PTX: tl.constexpr):
+    """Multiply the codes of a slice by their scales, rounded once to the codes' type, as `dequantize` gives them.
+
+    Args:
+        b_codes: [BLOCK_N, 32], minus their offsets, in the activations' type.
+        b_scales: [BLOCK_N, 32] fp32.
+        SCALE: the type in which scales are stored.
+        PTX: whether the target takes NVIDIA assembly.
+    """
+    DTYPE: tl.constexpr = b_codes.dtype
+    if PTX and SCALE == DTYPE and DTYPE.primitive_bitwidth == 16:
+        # The product of two numbers of a type, rounded to that type: what fp32, which holds it exactly, rounds to.
+        b_factors = b_scales.to(DTYPE)
+        if tl.bfloat16 == DTYPE:
+            # Adding -0.0 changes nothing; sm_80 has no packed product in bf16 without an addition.
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
+                "=r,r,r", [b_codes, b_factors], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [b_codes, b_factors], dtype=tl.float16, is_pure=True, pack=2
+            )
+    else:
+        return (b_codes.to(tl.float32) * b_scales).to(DTYPE)
+
+
+@triton.jit
 def _load_tile(p_plane, i_tile, o_n, N64, num_tiles, MASKED: tl.constexpr):
     """Load one tile of a plane, int16 [BLOCK_N, 32]; a tile behind the last gives zeros."""
     limit = tl.where(i_tile < num_tiles, N64, 0) if MASKED else N64
@@ -230,39 +268,53 @@ def load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES: tl.constexp
     return b_high0, b_high1, b_high2, b_high3, b_low
 
 
-def step_constants(bits: int) -> dict[str, int | bool]:
-    """Return the constexpr arguments of `load_step` for codes of some width."""
+def constants_of(operand: PlaneOperand) -> tuple[int | bool, ...]:
+    """Return what a kernel is compiled for: BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K."""
+    bits, size = operand.bits, operand.group_size
     high, *low = FIELDS[bits]
     step = step_k(bits)
-    return {
-        "BITS": bits,
-        "HIGH_TILES": step // tile_k(high),
-        "HAS_LOW": bool(low),
-        "SLICES": step // SLICE_K,
-    }
+    run = gcd(size // SLICE_K, step // SLICE_K) if size >= SLICE_K else 0
+    group = size if size <= MAX_CONSTANT_GROUP else 0
+    tiles, slices = step // tile_k(high), step // SLICE_K
+    return bits, tiles, bool(low), slices, run, group, operand.offsets is not None, operand.in_features % step == 0
+
+
+@triton.jit
+def _of_groups(p_table, o_k, o_n, m_n, N64, num_groups, divisor, RUN: tl.constexpr):
+    """Load what the groups of a slice from feature o_k on have in a table [groups, N]: [BLOCK_N, 1], or 2 groups."""
+    o_half = tl.arange(0, 2 if RUN == 0 else 1)[None, :] * 16
+    # What lies behind K takes the last group's, and is not stored.
+    o_group = tl.minimum((o_k + o_half) // divisor, num_groups - 1) * N64
+    return tl.load(p_table + o_group + o_n[:, None], mask=m_n[:, None], other=0).to(tl.float32)
 
 
 @triton.jit
 def _dequantize_kernel(
-    p_high, p_low, p_scales, p_offsets, p_out, N, K, out_stride, GROUP, num_high, num_groups,
-    BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_high, p_low, p_scales, p_offsets, p_out, N, K, out_stride, num_high, num_groups, group_size,
+    BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
+    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    i_n, i_step = tl.program_id(0), tl.program_id(1)
+    # Programs that write the same rows sit next to each other, so rows are written from end to end.
+    i_step, i_n = tl.program_id(0), tl.program_id(1)
+    DTYPE: tl.constexpr = p_out.dtype.element_ty
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_c = tl.arange(0, 32)[None, :]
     m_n = o_n < N
     N64 = tl.cast(N, tl.int64)
+    divisor = group_size if GROUP == 0 else GROUP
     b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
+    p_rows = p_out + o_n.to(tl.int64)[:, None] * out_stride + o_c
     for s in tl.static_range(SLICES):
-        b_values = slice_codes(b_words, BITS, s, p_out.dtype.element_ty, PTX).to(tl.float32)
-        o_k = (i_step * SLICES + s) * 32 + tl.arange(0, 32)
-        # Groups of 16 end within a slice. Padding takes the last group's scale and is not stored.
-        o_g = tl.minimum(o_k // GROUP, num_groups - 1)[None, :] * N64 + o_n[:, None]
+        o_k = (i_step * SLICES + s) * 32
+        if RUN == 0 or s % RUN == 0:
+            b_scales = _of_groups(p_scales, o_k, o_n, m_n, N64, num_groups, divisor, RUN)
+            if HAS_OFFSETS:
+                b_offsets = _of_groups(p_offsets, o_k, o_n, m_n, N64, num_groups, divisor, RUN)
+        b_codes = slice_codes(b_words, BITS, s, DTYPE, PTX)
         if HAS_OFFSETS:
-            b_values -= tl.load(p_offsets + o_g, mask=m_n[:, None], other=0).to(tl.float32)
-        b_values *= tl.load(p_scales + o_g, mask=m_n[:, None], other=0.0).to(tl.float32)
-        p_row = p_out + o_n.to(tl.int64)[:, None] * out_stride + o_k[None, :]
-        tl.store(p_row, b_values.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_k[None, :] < K))
+            b_codes -= spread(b_offsets).to(DTYPE)
+        m_out = m_n[:, None] if EVEN_K else m_n[:, None] & (o_k + o_c < K)
+        tl.store(p_rows + o_k, scaled_codes(b_codes, spread(b_scales), p_scales.dtype.element_ty, PTX), mask=m_out)
 
 
 def check_plane_operand(operand: PlaneOperand) -> None:
@@ -326,11 +378,10 @@ def dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype, out
     n, k = operand.out_features, operand.in_features
     if out is None:
         out = torch.empty(n, k, dtype=dtype, device=planes.device)
-    grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(k, step_k(operand.bits)))
     if n and k:
-        _dequantize_kernel[grid](
-            planes, operand.planes[-1], operand.scales, operand.offsets, out, n, k, out.stride(0), operand.group_size,
-            planes.shape[0], operand.scales.shape[0], **step_constants(operand.bits),
-            HAS_OFFSETS=operand.offsets is not None, PTX=is_ptx_target(planes), BLOCK_N=BLOCK_N, num_warps=4,
+        _dequantize_kernel[(triton.cdiv(k, step_k(operand.bits)), triton.cdiv(n, BLOCK_N))](
+            planes, operand.planes[-1], operand.scales, operand.scales if operand.offsets is None else operand.offsets,
+            out, n, k, out.stride(0), planes.shape[0], operand.scales.shape[0], operand.group_size,
+            *constants_of(operand), PTX=is_ptx_target(planes), BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
     return out

@@ -29,11 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float
+from qinfer.kernels.dequant import constants_of
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.expert_operand import ExpertOperand
-from qinfer.kernels.matmul import accumulate_part, constants_of, matmul_reference, segments_of
+from qinfer.kernels.matmul import matmul_reference, segments_of
 from qinfer.kernels.operand import DenseOperand, PlaneOperand, step_k
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.plane_part import accumulate_part
 from qinfer.kernels.tiles import MAX_ROWS, Tile, registers, rule
 
 DENSE_BLOCK_N, DENSE_BLOCK_K = 64, 64

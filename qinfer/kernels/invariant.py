@@ -11,16 +11,18 @@ long. A CPU's reference is torch's product, whose bits do depend on M.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.device import arch, num_sms, op
-from qinfer.kernels.matmul import FUSED_ROWS, matmul
+from qinfer.kernels.device import op
+from qinfer.kernels.matmul import matmul, segments_of, tile_of
 from qinfer.kernels.operand import DenseOperand, Operand, PlaneOperand, SegmentedOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
-from qinfer.kernels.tiles import Tile, lookup
+from qinfer.kernels.tiles import FUSED_ROWS, Tile
 
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 64
 
@@ -65,10 +67,8 @@ def _dense_kernel(
 
 def fixed_tile(operand: PlaneOperand | SegmentedOperand, device: torch.device) -> Tile:
     """Return the tile of a packed matrix for any number of rows."""
-    segments = operand.segments if isinstance(operand, SegmentedOperand) else (operand,)
-    widths, group_size = tuple(segment.bits for segment in segments), segments[0].group_size
-    n, k = operand.out_features, operand.in_features
-    return lookup(arch(device), num_sms(device), FUSED_ROWS, n, k, widths, group_size)
+    tile = tile_of(segments_of(operand), device, FUSED_ROWS)
+    return cast("Tile", tile)  # up to FUSED_ROWS rows there is one
 
 
 def _check_invariant_matmul(

@@ -4,11 +4,10 @@
 
 Routes, chosen by the operand and by M alone:
 - DenseOperand: torch's matrix product (cuBLAS, hipBLAS).
-- PlaneOperand, M <= FUSED_ROWS: one kernel that reads each packed weight once. The problem is transposed,
-  Yᵀ = W · Xᵀ, so that the tensor cores take weights, unpacked in registers, as their first operand, and a handful of
-  rows of x as their second. A bit position of a plane is a K slice of 32 features (`operand.py`), so a step of K is 4,
-  8 or 16 dots against as many slices of x; scales multiply the fp32 accumulator once per group.
-- SegmentedOperand, M <= FUSED_ROWS: the same kernel once per segment; their sums meet like the parts of a split K.
+- PlaneOperand, M up to where `tiles.lookup` has a tile, 64 rows anywhere and up to 512 on a GPU where that was
+  measured: one kernel that unpacks weights in registers (`plane_part.py`), once for as many rows as a tile has. Tiles
+  for few rows scale sums, tiles for many rows scale weights.
+- SegmentedOperand, as many rows: the same kernel once per segment; their sums meet like the parts of a split K.
 - Both, more rows: the matrix is dequantized into a scratch of at most MAX_SCRATCH elements, then multiplied by torch;
   the cost of writing it is paid back by the rows.
 
@@ -25,7 +24,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from math import gcd
 from threading import Lock
 
 import torch
@@ -34,16 +32,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qinfer.kernels.dequant import check_plane_operand, dequantize, load_step, slice_codes, step_constants
+from qinfer.errors import UnsupportedError
+from qinfer.kernels.dequant import check_plane_operand, constants_of, dequantize
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand, step_k
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
-from qinfer.kernels.tiles import Tile, lookup, registers
+from qinfer.kernels.plane_part import accumulate_part
+from qinfer.kernels.tiles import Tile, lookup, registers, shared_bytes
 
-FUSED_ROWS = 64
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
-MAX_CONSTANT_GROUP = 1024  # group sizes up to here are compiled in
+WARP = 32
+MAX_STAGES = 6
 
 # Matrices that the reference has dequantized on a CPU, as long as their planes live.
 _kept: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
@@ -92,66 +92,6 @@ def matmul_reference(
     return out.copy_(y)
 
 
-@triton.jit
-def _scales(p_scales, i_group, o_n, m_n, N64):
-    """Load the scales of one group: [BLOCK_N, 1] fp32.
-
-    As 32-bit words of two, because Triton's pipeline fetches nothing narrower ahead of its use, and waiting in every
-    step for scales to come from memory costs as much as the products.
-    """
-    first = i_group * N64
-    o_scale = o_n + (first & 1).to(tl.int32)  # from the last even element on, where a pair begins
-    p_pairs = p_scales.to(tl.pointer_type(tl.int32), bitcast=True) + (first >> 1)
-    b_bits = tl.load(p_pairs + (o_scale >> 1), mask=m_n, other=0) >> (o_scale & 1) * 16
-    return b_bits.to(tl.int16).to(p_scales.dtype.element_ty, bitcast=True).to(tl.float32)[:, None]
-
-
-@triton.jit
-def accumulate_part(
-    p_x, p_high, p_low, p_scales, p_offsets, i_part, num_parts, o_m, o_n, m_m, m_n, N64,
-    K, x_stride, num_high, num_groups, group_size,
-    BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
-    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Multiply one part of K of one segment: [BLOCK_N, BLOCK_M] fp32."""
-    DTYPE: tl.constexpr = p_x.dtype.element_ty
-    STEP: tl.constexpr = SLICES * 32
-    o_c = tl.arange(0, 32)
-    num_steps = tl.cdiv(K, STEP)
-    first, last = i_part * num_steps // num_parts, (i_part + 1) * num_steps // num_parts
-    p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride + o_c[:, None]
-    # A division by a number known to the compiler is a shift; larger groups are few.
-    divisor = group_size if GROUP == 0 else GROUP
-    b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    wait_for_inputs(OVERLAP)
-    for i_step in tl.range(first, last, num_stages=STAGES):
-        b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
-        p_step = p_xs + i_step * STEP
-        b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for s in tl.static_range(SLICES):
-            o_k = i_step * STEP + s * 32
-            b_codes = slice_codes(b_words, BITS, s, DTYPE, PTX)
-            m_x = m_m if EVEN_K else m_m & (o_k + o_c[:, None] < K)
-            # A run of slices shares a group, or two groups of 16 share a slice: each takes the features of x that are
-            # its own. What lies behind K is multiplied by zero and takes the last group's.
-            for half in tl.static_range(2 if RUN == 0 else 1):
-                i_group = tl.minimum((o_k + half * 16) // divisor, num_groups - 1)
-                b_group_codes = b_codes
-                if HAS_OFFSETS:
-                    if RUN == 0 or s % RUN == 0:
-                        b_offsets = tl.load(p_offsets + i_group * N64 + o_n, mask=m_n, other=0).to(tl.float32)
-                    # Differences of small integers, exact in either type.
-                    b_group_codes -= b_offsets.to(DTYPE)[:, None]
-                m_group = m_x & (o_c[:, None] // 16 == half) if RUN == 0 else m_x
-                b_x = tl.load(p_step + s * 32, mask=m_group, other=0.0)
-                b_part = tl.dot(b_group_codes, b_x, b_part, input_precision="ieee")
-                if RUN == 0 or (s + 1) % RUN == 0:
-                    b_acc += b_part * _scales(p_scales, i_group, o_n, m_n, N64)
-                    b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    return b_acc
-
-
 # M differs from step to step and the parts from matrix to matrix; a kernel per divisibility of either would be compiled
 # in the middle of serving.
 @triton.jit(do_not_specialize=["M", "first_features", "first_parts", "num_groups", "num_highs"])
@@ -160,7 +100,7 @@ def _matmul_kernel(
     p_out,  # [parts of K, M, N], rows out_stride apart
     M, N, x_stride, out_stride, first_features, first_parts, num_highs, num_groups, group_sizes,
     SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, COPIES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
     i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -178,8 +118,8 @@ def _matmul_kernel(
                 i_k - first_parts[g], first_parts[g + 1] - first_parts[g], o_m, o_n, m_m, m_n, N64,
                 first_features[g + 1] - first_features[g], x_stride, num_highs[g], num_groups[g], group_sizes[g],
                 SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], SEGMENTS[g][4], SEGMENTS[g][5],
-                SEGMENTS[g][6], SEGMENTS[g][7], PTX, BLOCK_M, BLOCK_N, STAGES,
-                OVERLAP,
+                SEGMENTS[g][6], SEGMENTS[g][7], PTX, BLOCK_M, BLOCK_N, STAGES[g],
+                OVERLAP, COPIES,
             )  # fmt: skip
     let_next_start(OVERLAP)
     if HAS_BIAS:
@@ -241,6 +181,8 @@ def _check_matmul(
         raise ValueError(f"out must be {[x.shape[0], n]} with rows contiguous, got {list(out.shape)}")
     if out is not None and out_dtype not in (None, out.dtype):
         raise TypeError(f"out_dtype must be that of out, {out.dtype}, got {out_dtype}")
+    if tile is not None and tile.scaled and arch(x.device) == "sm_100":
+        raise UnsupportedError("Triton miscompiles tiles that scale weights for sm_100; tiles with scaled=False work")
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -301,6 +243,8 @@ def _fused(
         y = torch.empty(parts, m, n, dtype=dtype if parts == 1 else torch.float32, device=x.device)
     else:
         y = out[None]
+    # Scales with fewer elements than a program has threads would be loaded by some of them and handed around.
+    copies = max(1, WARP * tile.warps // tile.block_n) if tile.scaled else 0
     _matmul_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](
         x, tuple(s.planes[0] for s in segments), tuple(s.planes[-1] for s in segments),
         tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
@@ -309,10 +253,22 @@ def _fused(
         tuple(s.planes[0].shape[0] for s in segments), tuple(s.scales.shape[0] for s in segments),
         tuple(s.group_size for s in segments),
         SEGMENTS=tuple(constants_of(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=_stages(tile, segments), COPIES=copies, num_warps=tile.warps,
         **registers(arch(x.device), tuple(s.bits for s in segments), tile), **overlap(x),
     )  # fmt: skip
     return y
+
+
+def _stages(tile: Tile, segments: Sequence[PlaneOperand]) -> tuple[int, ...]:
+    """Return the pipeline stages of every segment: what the widest needs of shared memory, the others may have too."""
+    if len(segments) == 1:
+        return (tile.stages,)
+    depths = range(tile.stages, MAX_STAGES + 1)
+    needs = [
+        [shared_bytes(segment.bits, tile.block_m, tile.block_n, depth) for depth in depths] for segment in segments
+    ]
+    limit = max(need[0] for need in needs)
+    return tuple(tile.stages + sum(bytes_there <= limit for bytes_there in need[1:]) for need in needs)
 
 
 def _add_up(parts: Tensor, out: Tensor) -> None:
@@ -323,15 +279,6 @@ def _add_up(parts: Tensor, out: Tensor) -> None:
     _sum_kernel[grid](parts, out, m, n, out.stride(0), num_parts, BLOCK_M=block_m, BLOCK_N=SUM_COLUMNS, **overlap(out))
 
 
-def constants_of(segment: PlaneOperand) -> tuple[int | bool, ...]:
-    """Return what a kernel is compiled for: BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K."""
-    constants = step_constants(segment.bits)
-    run = gcd(segment.group_size // SLICE_K, constants["SLICES"]) if segment.group_size >= SLICE_K else 0
-    group = segment.group_size if segment.group_size <= MAX_CONSTANT_GROUP else 0
-    is_even = segment.in_features % step_k(segment.bits) == 0
-    return (*constants.values(), run, group, segment.offsets is not None, is_even)
-
-
 def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand]) -> int:
     """Share the parts of K out over segments by their bytes; each gets at least one, and no more than it has steps."""
     share = split_k * segment.nbytes / sum(other.nbytes for other in segments)
@@ -339,21 +286,28 @@ def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand
     return max(1, min(round(share), steps))
 
 
+def tile_of(segments: Sequence[PlaneOperand], device: torch.device, m: int) -> Tile | None:
+    """Return the tile of a packed matrix for m rows; None if they are so many that it is dequantized for them."""
+    k, widths = sum(segment.in_features for segment in segments), tuple(segment.bits for segment in segments)
+    has_offsets = any(segment.offsets is not None for segment in segments)
+    n, group_size = segments[0].out_features, segments[0].group_size
+    return lookup(arch(device), num_sms(device), m, n, k, widths, group_size, has_offsets)
+
+
 def _product(
     x: Tensor, operand: Operand, bias: Tensor | None, out: Tensor | None, dtype: torch.dtype, tile: Tile | None
 ) -> Tensor:
     """Take the route of an operand and M; return [S, M, N], which is `out` if S is 1 and one was given."""
-    m, n, k = x.shape[0], operand.out_features, operand.in_features
-    if not isinstance(operand, DenseOperand) and (tile is not None or m <= FUSED_ROWS):
-        segments = segments_of(operand)
-        widths = tuple(segment.bits for segment in segments)
-        tile = tile or lookup(arch(x.device), num_sms(x.device), m, n, k, widths, segments[0].group_size)
-        return _fused(x, segments, bias, out, dtype, tile)
-    y = torch.empty(m, n, dtype=dtype, device=x.device) if out is None else out
+    segments: Sequence[PlaneOperand] = () if isinstance(operand, DenseOperand) else segments_of(operand)
+    if segments:
+        tile = tile or tile_of(segments, x.device, x.shape[0])
+        if tile is not None:
+            return _fused(x, segments, bias, out, dtype, tile)
+    y = torch.empty(x.shape[0], operand.out_features, dtype=dtype, device=x.device) if out is None else out
     if isinstance(operand, DenseOperand):
         _dense(x, operand.weight, bias, y)
     else:
-        _by_dequantizing(x, segments_of(operand), bias, y)
+        _by_dequantizing(x, segments, bias, y)
     return y[None]
 
 
@@ -383,6 +337,7 @@ def matmul(
     Raises:
         ValueError: a shape does not fit.
         TypeError: a dtype does not fit.
+        UnsupportedError: the tile does not work on this GPU.
     """
     m, n = x.shape[0], operand.out_features
     if out is None:
@@ -415,7 +370,7 @@ def _check_matmul_parts(
     out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> None:
-    _check_matmul(x, operand, bias=bias, out_dtype=out_dtype)
+    _check_matmul(x, operand, bias=bias, out_dtype=out_dtype, tile=tile)
 
 
 @op(reference=matmul_parts_reference, check=_check_matmul_parts)
@@ -442,6 +397,7 @@ def matmul_parts(
     Raises:
         ValueError: a shape does not fit.
         TypeError: a dtype does not fit.
+        UnsupportedError: the tile does not work on this GPU.
     """
     dtype = out_dtype or x.dtype
     if x.shape[0] == 0 or operand.out_features == 0:

@@ -1,8 +1,8 @@
 """Which tile an op uses for a shape: a table per GPU, and a written rule behind it. Nothing tunes at run time.
 
 `tile_tables/<arch>.json` holds rows with named fields, written by `python -m qinfer.bench tune` on that GPU and
-reviewed as a diff. A shape that no row covers, and a GPU without a table, use the rule: correct everywhere and merely
-slower.
+reviewed as a diff. A shape that no row covers, and a GPU without a table, use the rules: correct everywhere and merely
+slower. Beyond some number of rows a product has no tile: writing the matrix out in 16 bits is faster then.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,11 @@ from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, step_k, tile_k
 # What a pipeline may take: with few rows so little that four programs fit a multiprocessor of a data-centre GPU, with
 # more rows what consumer GPUs have for one program, 99 KiB.
 FEW_ROWS_BYTES, SHARED_BYTES = 56 << 10, 88 << 10
+# What the pipelines of wide tiles may take: of one program, for a third stage, and of two on one multiprocessor.
+WIDE_BYTES, PAIR_BYTES = 160 << 10, 224 << 10
 MIN_PART = 512  # features of K that a program keeps
+FEW_ROWS = 16  # the smallest tile
+FUSED_ROWS = 64  # up to here every product has a tile, on every GPU
 # Rows of a program. Without tensor cores that read their second operand from shared memory, more than 32 rows of sums
 # beside the unpacked weights do not fit the registers.
 MAX_ROWS = {"sm_90": 64, "sm_100": 64}
@@ -28,18 +32,26 @@ MAX_ROWS = {"sm_90": 64, "sm_100": 64}
 # may have, and the widths and rows it is said for. Found by compiling all cases; said to others, it makes spills.
 REGISTERS = 168
 SAVING = {"sm_100": ((2, 3, 4), 64), "sm_120": ((4,), 16)}
+# GPUs that have tiles of their own for many rows and for mixed widths: elsewhere nobody has measured them, mixtures
+# spill, and for sm_100 Triton 3.6 makes a kernel that only traps of weights that are scaled before their product.
+MEASURED = ("sm_90",)
 TABLES = Path(__file__).parent / "tile_tables"
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a matmul is cut: rows and columns of the output per program, parts of K, warps and pipeline stages."""
+    """How a matmul is cut: rows and columns of the output per program, parts of K, warps and pipeline stages.
+
+    With `scaled`, weights take their scales before they are multiplied, and not the sums of a group after it: an
+    operation per weight instead of one per sum and group, and one set of sums in the registers instead of two.
+    """
 
     block_m: int
     block_n: int
     split_k: int
     warps: int
     stages: int
+    scaled: bool = False
 
 
 class Product(NamedTuple):
@@ -69,7 +81,7 @@ def _table(arch: str) -> dict[Product, Tile]:
     rows = json.loads(path.read_text())["rows"]
     return {
         Product(**{field: row[field] for field in Product._fields}): Tile(
-            **{field: row[field] for field in Tile.__annotations__}
+            **{field.name: row[field.name] for field in fields(Tile) if field.name in row}
         )
         for row in rows
         if row["op"] == "matmul"
@@ -77,13 +89,27 @@ def _table(arch: str) -> dict[Product, Tile]:
 
 
 @cache
-def lookup(arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], group_size: int) -> Tile:
+def lookup(
+    arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], group_size: int, has_offsets: bool
+) -> Tile | None:
     """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits.
 
-    Rows of the table are for matrices of one width; a tile that fits one group size may spill with another.
+    Rows of the table are for matrices of one width; a tile that fits one group size may spill with another. Tiles that
+    scale weights are there for what they need of shared memory without offsets.
+
+    Returns:
+        The tile; None where writing the matrix out is faster, which it never is for up to FUSED_ROWS rows.
     """
     row = _table(arch).get(Product(widths[0], group_size, bucket(m), n, k)) if len(widths) == 1 else None
-    return row or rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
+    if row is not None and not (row.scaled and has_offsets):
+        return row
+    if len(set(widths)) > 1 and m <= FEW_ROWS and arch in MEASURED:
+        return mixed_rule(num_sms, n, k)
+    if m <= FUSED_ROWS:
+        return rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
+    if arch in MEASURED and m <= 2 * wide_rows(widths):
+        return wide_rule(num_sms, m, n, k, widths, is_lean=group_size >= MIN_STEP and not has_offsets)
+    return None
 
 
 @contextmanager
@@ -117,15 +143,15 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
     evenly, and every program keeps 512 features. Codes of 3 and 5 bits come in long steps; the pipeline is as deep as
     shared memory allows on every GPU. A program takes at most `max_rows` rows, half of that where the steps are long.
     """
-    has_long_steps = max(step_k(bits) for bits in widths) > 2 * MIN_STEP
-    block_m = min(max(16, 1 << (m - 1).bit_length()), max_rows // 2 if has_long_steps else max_rows)
-    is_narrow = has_long_steps or (n <= 64 * num_sms and any(bits != 4 for bits in widths))
+    is_long = has_long_steps(widths)
+    block_m = min(max(16, 1 << (m - 1).bit_length()), max_rows // 2 if is_long else max_rows)
+    is_narrow = is_long or (n <= 64 * num_sms and any(bits != 4 for bits in widths))
     block_n = 64 if is_narrow else 128
     fits = [
         (rows, columns, stages)
         for rows, columns in ((block_m, block_n), (block_m, 64), (block_m // 2, 64), (16, 64))
         for stages in (3, 2)
-        if max(_shared_bytes(bits, rows, columns, stages) for bits in widths)
+        if max(shared_bytes(bits, rows, columns, stages) for bits in widths)
         <= (FEW_ROWS_BYTES if rows == 16 else SHARED_BYTES)
     ]
     block_m, block_n, stages = fits[0]
@@ -135,7 +161,52 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
     return Tile(block_m, block_n, split_k, 4 if block_m * block_n < 64 * 128 else 8, stages)
 
 
-def _shared_bytes(bits: int, block_m: int, block_n: int, stages: int) -> int:
+def mixed_rule(num_sms: int, n: int, k: int) -> Tile:
+    """Return a reasonable tile for up to FEW_ROWS rows and segments of several widths.
+
+    One launch has the registers and the shared memory of its longest step, so its programs are few and large; three of
+    them for two multiprocessors, with segments of short steps deep in flight (`matmul.py`), do as well as more.
+    """
+    programs = -(-n // 128)
+    return Tile(FEW_ROWS, 128, max(1, min(3 * num_sms // (2 * programs), k // MIN_PART, 16)), 4, 2)
+
+
+def wide_rows(widths: tuple[int, ...]) -> int:
+    """Return the rows of a wide tile: half of them where steps of K are long, for a step of x is kept."""
+    return 64 if has_long_steps(widths) else 128
+
+
+def wide_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, is_lean: bool) -> Tile:
+    """Return a reasonable tile for more than FUSED_ROWS rows, bound by the tensor cores and by unpacking weights.
+
+    A grid that fits the GPU at once has one program of eight warps per multiprocessor, and K is split until each has
+    one. Of a larger grid two programs share a multiprocessor, so that one unpacks while the other multiplies: with
+    three stages and four warps if both fit, and they only just do (benchmarks/LOG.md).
+
+    Args:
+        num_sms: multiprocessors.
+        m: rows, up to twice `wide_rows`.
+        n: outputs.
+        k: features.
+        widths: of the codes, in bits.
+        is_lean: whether the pipeline keeps nothing but words, x and one scale per output and step.
+    """
+    block_m, block_n = wide_rows(widths), 128
+    need = max(shared_bytes(bits, block_m, block_n, 3) for bits in widths)
+    programs = -(-n // block_n) * -(-m // block_m)
+    if programs > num_sms:
+        warps, stages = (4, 3) if is_lean and 2 * need <= PAIR_BYTES else (8, 2)
+        return Tile(block_m, block_n, 1, warps, stages, scaled=True)
+    split_k = max(1, min(num_sms // programs, k // MIN_PART, 4))
+    return Tile(block_m, block_n, split_k, 8, 3 if need <= WIDE_BYTES else 2, scaled=True)
+
+
+def has_long_steps(widths: tuple[int, ...]) -> bool:
+    """Return whether a step of K has so many slices that sums, words and x do not fit the registers of a large tile."""
+    return max(step_k(bits) for bits in widths) > 2 * MIN_STEP
+
+
+def shared_bytes(bits: int, block_m: int, block_n: int, stages: int) -> int:
     """Return the shared memory of a pipeline; x takes one stage more, for wgmma reads it while the next loads come."""
     step = step_k(bits)
     words = sum(step // tile_k(width) for width in FIELDS[bits]) * SLICE_K

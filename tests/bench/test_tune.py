@@ -87,14 +87,17 @@ def test_candidates_fit_the_matrix() -> None:
         assert len(found) == len(set(found)) > 5
         assert all(tile.split_k == 1 or k // 128 // tile.split_k >= 2 for tile in found)
         assert {tile.block_m for tile in found} == {max(16, m)}
+    wide = list(candidates(256, 4096, 4096, 132))
+    assert {(tile.block_m, tile.scaled) for tile in wide} == {(64, False), (128, True)}
+    assert all(2 * 32 * tile.split_k <= 16 * 132 for tile in wide)
 
 
 def test_a_trial_is_in_front_of_the_table_and_leaves_no_trace() -> None:
-    arguments = ("sm_none", 132, 3, 512, 256, (4,), 128)
+    arguments = ("sm_none", 132, 3, 512, 256, (4,), 128, False)
     rule = lookup(*arguments)
     with trial("sm_none", {Product(4, 128, 4, 512, 256): BROKEN}):
         assert lookup(*arguments) == BROKEN
-        assert lookup("sm_none", 132, 1, 512, 256, (4,), 128) == rule
+        assert lookup("sm_none", 132, 1, 512, 256, (4,), 128, False) == rule
     assert lookup(*arguments) == rule
     with pytest.raises(ZeroDivisionError), trial("sm_none", {Product(4, 128, 4, 512, 256): BROKEN}):
         _ = 1 / 0
@@ -112,8 +115,8 @@ def test_rows_replace_those_of_the_same_shape_and_are_read(tmp_path: Path, monke
     assert [(row["n"], row["split_k"], row["step_us_before"]) for row in rows] == [(256, 4, 900.0), (512, 2, 1000.0)]
     assert all(row["gpu"] == "y" and row["revision"] == "z" for row in rows)
     monkeypatch.setattr(tiles, "TABLES", path.parent)
-    assert lookup("sm_test", 132, 1, 512, 256, (4,), 128) == GOOD
-    assert lookup("sm_test", 132, 1, 256, 256, (4,), 128) == BETTER
+    assert lookup("sm_test", 132, 1, 512, 256, (4,), 128, False) == GOOD
+    assert lookup("sm_test", 132, 1, 256, 256, (4,), 128, False) == BETTER
     lookup.cache_clear()
     tiles._table.cache_clear()
 
@@ -132,7 +135,7 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
         return tune.matmul.reference(x, operand, out_dtype=out_dtype) * (1.1 if tile == BROKEN else 1)
 
     def time_graph(functions: Any, device: torch.device, *, repeats: int) -> Times:
-        return Times((float(lookup("cpu", 8, 2, *gate_up, (4,), 128).split_k),))
+        return Times((float(lookup("cpu", 8, 2, *gate_up, (4,), 128, False).split_k),))
 
     monkeypatch.setattr(tune.matmul, "launch", launch)
     monkeypatch.setattr(tune, "time_graph", time_graph)
@@ -143,7 +146,7 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--rows", "65"], "--rows must be from 1 to 64"),
+        (["--rows", "513"], "--rows must be from 1 to 512"),
         (["--weights", "exl2-4.0"], "--weights exl2-4.0 mixes several"),
     ],
 )

@@ -42,6 +42,7 @@ def _report(target: str, **changes: int) -> Report:
         ("sm_90", {"spills": 8}, "8 bytes spilled"),
         ("sm_86", {"shared": 99 * KIB + 1}, "shared memory"),
         ("gfx942", {"shared": 64 * KIB + 1}, "shared memory"),
+        ("sm_100", {"registers": 4}, "does nothing"),
     ],
 )
 def test_offenders_are_named(target: str, changes: dict[str, int], complaint: str) -> None:

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import qinfer.kernels.invariant as invariant_module
 import qinfer.kernels.matmul as matmul_module
 from qinfer.bench.recipes import PACKED
 from qinfer.kernels.attention import paged_attention
 from qinfer.kernels.invariant import fixed_tile, invariant_matmul
 from qinfer.kernels.kv_codec import CODECS, KVPages
-from qinfer.kernels.matmul import FUSED_ROWS, matmul
+from qinfer.kernels.matmul import matmul
 from qinfer.kernels.operand import DenseOperand, Operand
-from qinfer.kernels.tiles import lookup
+from qinfer.kernels.tiles import FUSED_ROWS, lookup
 from tests.compare import assert_close
 from tests.kernels.coded import coded
 from tests.kernels.test_attention import Case, int32, make_case
@@ -28,8 +27,7 @@ K, N = 2048, 64
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one multiprocessor even these small matrices are split by the number of rows: in 4 for one, in 2 for 64."""
-    for module in (matmul_module, invariant_module):
-        monkeypatch.setattr(module, "num_sms", lambda device: 1)
+    monkeypatch.setattr(matmul_module, "num_sms", lambda device: 1)
 
 
 def _operand(kind: str, device: torch.device) -> Operand:
@@ -61,7 +59,7 @@ def test_the_tile_of_a_mixture_is_fixed_too():
     """Segments share one tile, the one that many rows would get."""
     operand = _operand("exl2-4.0", torch.device("cpu"))
     widths = tuple(segment.bits for segment in operand.segments)
-    assert fixed_tile(operand, torch.device("cpu")) == lookup("cpu", 1, FUSED_ROWS, N, K, widths, 128)
+    assert fixed_tile(operand, torch.device("cpu")) == lookup("cpu", 1, FUSED_ROWS, N, K, widths, 128, False)
 
 
 @pytest.mark.kernel

@@ -12,15 +12,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qinfer.errors import UnsupportedError
 from qinfer.kernels import matmul as module
 from qinfer.kernels.dequant import dequantize
 from qinfer.kernels.matmul import matmul, matmul_parts
 from qinfer.kernels.operand import FIELDS, DenseOperand, step_k
 from qinfer.kernels.parts import add_up
-from qinfer.kernels.tiles import TABLES, Tile, bucket, lookup, rule
+from qinfer.kernels.tiles import (
+    FUSED_ROWS,
+    TABLES,
+    Product,
+    Tile,
+    bucket,
+    lookup,
+    mixed_rule,
+    rule,
+    shared_bytes,
+    trial,
+    wide_rule,
+)
 from tests.compare import assert_close
 from tests.kernels.operands import plane_operand, segmented_operand
 from tests.strategies import random_tensor
+
+MANY_ROWS = 513  # more than any tile is for
 
 
 def test_reference_is_the_product_with_the_dequantized_matrix() -> None:
@@ -86,7 +101,7 @@ def test_every_width_matches_reference(
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("m", [1, 20, module.FUSED_ROWS + 1])
+@pytest.mark.parametrize("m", [1, 20, FUSED_ROWS + 1])
 @pytest.mark.parametrize("split_k", [None, 1, 5])
 def test_segments_of_mixed_widths_match_reference(device: torch.device, m: int, split_k: int | None) -> None:
     operand = segmented_operand([(8, 32), (6, 64), (5, 32), (4, 160), (3, 96), (2, 48)], 40, device=device)
@@ -150,20 +165,111 @@ def test_every_tile_gives_the_same_product(device: torch.device, tile: Tile) -> 
         assert torch.equal(matmul.launch(x, operand, tile=tile), first), "two runs must agree bit for bit"
 
 
+def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "arch", lambda _: "sm_90")
+    monkeypatch.setattr(module, "num_sms", lambda _: 132)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", FIELDS)
+def test_scaled_weights_are_exactly_those_of_dequantize(device: torch.device, bits: int, dtype: torch.dtype) -> None:
+    k, group_size = (96, 16) if bits in (4, 5) else (96, 32)
+    scale_dtype = torch.bfloat16 if bits in (3, 8) else torch.float16
+    # One feature per row of x, so a product is one weight, and no sum hides how it was rounded.
+    operand = plane_operand(
+        k, 40, bits=bits, group_size=group_size, symmetric=bits % 2 == 0, device=device, scale_dtype=scale_dtype
+    )
+    x = torch.eye(k, dtype=dtype, device=device)
+    weights = matmul.launch(x, operand, out_dtype=torch.float32, tile=Tile(128, 64, 1, 4, 2, scaled=True))
+    expected = dequantize.launch(operand.planes[0], operand, dtype=dtype)
+    assert torch.equal(weights, expected.t().float())
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tile", [Tile(128, 128, 2, 8, 3, scaled=True), Tile(64, 128, 1, 4, 2, scaled=True)], ids=str)
+def test_products_of_scaled_weights_are_those_of_the_dequantized_matrix(
+    device: torch.device, dtype: torch.dtype, tile: Tile
+) -> None:
+    operand = plane_operand(640, 136, group_size=64, symmetric=False, device=device)
+    x = random_tensor(70, 640, seed=0, dtype=dtype).to(device)
+    weight = dequantize.launch(operand.planes[0], operand, dtype=dtype)
+    expected = x.double() @ weight.t().double()
+    # Both multiply the same rounded weights; only the order of fp32 sums differs.
+    assert_close(matmul.launch(x, operand, out_dtype=torch.float32, tile=tile), expected, torch.float32)
+    assert_close(matmul.launch(x, operand, tile=tile), matmul.reference(x, operand))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("m", [16, 64, 65, 128, 256, 257])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_routes_of_all_rows_agree(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, m: int, mixed: bool
+) -> None:
+    _on_hopper(monkeypatch)
+    operand = (
+        segmented_operand([(5, 64), (4, 160), (3, 32)], 40, device=device)
+        if mixed
+        else plane_operand(256, 40, symmetric=False, device=device)
+    )
+    x = random_tensor(m, 256, seed=m, dtype=torch.float16).to(device)
+    assert_close(matmul.launch(x, operand), matmul.reference(x, operand))
+
+
+@pytest.mark.parametrize(("bits", "last"), [(2, 256), (3, 128), (4, 256), (5, 128), (6, 256), (8, 256)])
+def test_many_rows_have_a_tile_where_that_was_measured(monkeypatch: pytest.MonkeyPatch, bits: int, last: int) -> None:
+    segments = (plane_operand(256, 40, bits=bits),)
+    device = torch.device("cpu")
+    assert module.tile_of(segments, device, FUSED_ROWS) is not None
+    assert module.tile_of(segments, device, FUSED_ROWS + 1) is None
+    _on_hopper(monkeypatch)
+    tile = module.tile_of(segments, device, last)
+    assert tile is not None
+    assert tile.scaled
+    assert module.tile_of(segments, device, last + 1) is None
+    key = Product(bits, 128, 512, 40, 256)
+    with trial("sm_90", {key: tile}):
+        assert module.tile_of(segments, device, last + 1) == (tile if last == 256 else None)
+        assert module.tile_of((plane_operand(256, 40, bits=bits, symmetric=False),), device, 512) is None
+    with trial("sm_90", {key: Tile(64, 128, 1, 4, 3)}):
+        assert module.tile_of((plane_operand(256, 40, bits=bits, symmetric=False),), device, 512) is not None
+
+
+def test_a_tile_that_is_miscompiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "arch", lambda _: "sm_100")
+    operand, x = plane_operand(128, 8), torch.zeros(1, 128)
+    for product in (matmul, matmul_parts):
+        with pytest.raises(UnsupportedError, match="scaled=False work"):
+            product(x, operand, tile=Tile(64, 128, 1, 4, 2, scaled=True))
+        assert product(x, operand, tile=Tile(64, 128, 1, 4, 2)).shape[-1] == 8
+
+
+def test_short_segments_are_as_deep_as_the_longest_allows() -> None:
+    tile, single = Tile(16, 128, 4, 4, 2), plane_operand(128, 8)
+    assert module._stages(tile, (single,)) == (2,)
+    operand = segmented_operand([(5, 512), (4, 512), (3, 512)], 8)
+    stages = module._stages(tile, operand.segments)
+    most = shared_bytes(5, 16, 128, 2)
+    assert stages[0] == 2 < stages[1]
+    assert all(shared_bytes(s.bits, 16, 128, d) <= most for s, d in zip(operand.segments, stages, strict=True))
+    assert stages[1] == module.MAX_STAGES or shared_bytes(4, 16, 128, stages[1] + 1) > most
+
+
 @pytest.mark.kernel
 def test_large_m_route_agrees_with_the_fused_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     operand = plane_operand(256, 72, group_size=32, symmetric=False, device=device)
-    x = random_tensor(module.FUSED_ROWS + 1, 256, seed=0, dtype=torch.float16).to(device)
+    x = random_tensor(MANY_ROWS, 256, seed=0, dtype=torch.float16).to(device)
     bias = random_tensor(72, seed=2, dtype=torch.float16).to(device)
     expected = matmul.reference(x, operand, bias=bias)
     assert_close(matmul.launch(x, operand, bias=bias), expected)
-    assert_close(matmul.launch(x, operand, bias=bias, tile=Tile(64, 64, 1, 4, 3)), expected)
+    assert_close(matmul.launch(x, operand, bias=bias, tile=Tile(64, 128, 1, 4, 3)), expected)
     monkeypatch.setattr(module, "MAX_SCRATCH", 256 * 20)
     assert_close(matmul.launch(x, operand, bias=bias), expected)
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("m", [1, module.FUSED_ROWS + 1])
+@pytest.mark.parametrize("m", [1, MANY_ROWS])
 def test_out_may_be_a_slice_of_columns(device: torch.device, m: int) -> None:
     operand = plane_operand(128, 40, device=device)
     x = random_tensor(m, 128, seed=0, dtype=torch.float16).to(device)
@@ -190,7 +296,7 @@ def test_dense_matches_reference(device: torch.device, dtype: torch.dtype, out_d
 @pytest.mark.kernel
 def test_results_beyond_fp16_are_kept_in_fp32(device: torch.device) -> None:
     operand = plane_operand(256, 16, device=device)
-    for m in (1, module.FUSED_ROWS + 1):
+    for m in (1, MANY_ROWS):
         x = torch.full((m, 256), 3e4, dtype=torch.float16, device=device)
         expected = matmul.reference(x, operand, out_dtype=torch.float32)
         assert float(expected.abs().max()) > 65504
@@ -234,6 +340,27 @@ def test_the_rule_gives_a_legal_tile_for_every_shape(
     assert 1 <= tile.split_k <= max(1, -(-k // 128))
 
 
+@given(
+    m=st.integers(65, 256),
+    n=st.integers(1, 200_000),
+    k=st.integers(1, 60_000),
+    num_sms=st.integers(1, 200),
+    widths=st.lists(st.sampled_from(list(FIELDS)), min_size=1).map(tuple),
+    is_lean=st.booleans(),
+)
+def test_the_rules_for_many_rows_and_mixed_widths_give_legal_tiles(
+    m: int, n: int, k: int, num_sms: int, widths: tuple[int, ...], is_lean: bool
+) -> None:
+    tile = wide_rule(num_sms, m, n, k, widths, is_lean=is_lean)
+    programs = -(-n // tile.block_n) * -(-m // tile.block_m)
+    assert tile.scaled
+    assert tile.split_k == 1 or programs * tile.split_k <= num_sms
+    assert max(shared_bytes(bits, tile.block_m, tile.block_n, tile.stages) for bits in widths) <= 200 << 10
+    for found in (tile, mixed_rule(num_sms, n, k)):
+        assert found.block_m * found.block_n // found.warps <= 128 * 32, "sums of a thread"
+        assert 1 <= found.split_k <= max(1, -(-k // 128))
+
+
 @given(m=st.integers(1, 5000))
 def test_buckets_hold_their_members(m: int) -> None:
     assert bucket(m) >= m
@@ -241,15 +368,21 @@ def test_buckets_hold_their_members(m: int) -> None:
 
 
 def test_unknown_gpus_use_the_rule() -> None:
-    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 128) == rule(100, 1, 4096, 4096, (4,))
+    expected = rule(100, 1, 4096, 4096, (4,), max_rows=32)
+    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 128, False) == expected
+    assert lookup("sm_00", 100, 1, 4096, 4096, (5, 4), 128, False) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
+    assert lookup("sm_90", 132, 1, 4096, 4096, (5, 4), 128, False) == mixed_rule(132, 4096, 4096)
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_rows_of_a_table_are_found_by_all_that_they_depend_on(path: Path) -> None:
     for row in json.loads(path.read_text())["rows"]:
-        tile = Tile(**{field.name: row[field.name] for field in fields(Tile)})
+        tile = Tile(**{field.name: row[field.name] for field in fields(Tile) if field.name in row})
         bits, group_size, m, n, k = (row[name] for name in ("bits", "group_size", "m_max", "n", "k"))
-        assert lookup(path.stem, 132, m, n, k, (bits,), group_size) == tile
-        assert lookup(path.stem, 132, m, n, k, (bits,), 32) == rule(132, m, n, k, (bits,)), "another group size"
+        assert lookup(path.stem, 132, m, n, k, (bits,), group_size, False) == tile
+        other = rule(132, m, n, k, (bits,)) if m <= FUSED_ROWS else None
+        if other is None and m <= 256:
+            other = wide_rule(132, m, n, k, (bits,), is_lean=False)
+        assert lookup(path.stem, 132, m, n, k, (bits,), 32, False) == other, "another group size"
         assert bucket(m) == m
         assert tile.split_k <= -(-k // step_k(bits)), "a program without work"
