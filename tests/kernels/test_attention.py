@@ -287,10 +287,13 @@ def test_splits_do_not_change_the_result(seed, context_lens, data, device):
     page_size=st.integers(1, 32).map(lambda n: 16 * n),
     itemsize=st.sampled_from([2, 4]),
     schemes=st.sampled_from([("plain", "plain"), ("q8", "q4"), ("q6", "q6")]),
+    arch=st.sampled_from(["sm_80", "sm_90"]),
     is_crowded=st.booleans(),
 )
-def test_tiles_hold_a_group_and_lie_in_a_page(group, max_query_len, head_dim, page_size, itemsize, schemes, is_crowded):
-    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, schemes, is_crowded=is_crowded)
+def test_tiles_hold_a_group_and_lie_in_a_page(
+    group, max_query_len, head_dim, page_size, itemsize, schemes, arch, is_crowded
+):
+    tiles = choose_tiles(max_query_len, group, head_dim, page_size, itemsize, schemes, arch, is_crowded=is_crowded)
     assert tiles.block_m >= max(8 if tiles.keys_first else 16, group)
     assert tiles.block_n >= 16
     assert page_size % tiles.block_n == 0

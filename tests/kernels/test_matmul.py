@@ -181,7 +181,8 @@ def test_scaled_weights_are_exactly_those_of_dequantize(device: torch.device, bi
         k, 40, bits=bits, group_size=group_size, symmetric=bits % 2 == 0, device=device, scale_dtype=scale_dtype
     )
     x = torch.eye(k, dtype=dtype, device=device)
-    weights = matmul.launch(x, operand, out_dtype=torch.float32, tile=Tile(128, 64, 1, 4, 2, scaled=True))
+    tile = Tile(32 if bits in (3, 5) else 128, 64, 1, 4, 2, scaled=True)  # steps of 512 features take much of x
+    weights = matmul.launch(x, operand, out_dtype=torch.float32, tile=tile)
     expected = dequantize.launch(operand.planes[0], operand, dtype=dtype)
     assert torch.equal(weights, expected.t().float())
 
