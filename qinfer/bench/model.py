@@ -103,7 +103,7 @@ def _measure(options: argparse.Namespace, device: torch.device, group: Group | N
 
 def _load(options: argparse.Namespace, device: torch.device, group: Group | None) -> Model:
     """Load or make the model, or this rank's share of it."""
-    room = options.batch * (options.context + options.new_tokens)
+    room = options.batch * _longest(options)
     if options.model:
         return Model.load(options.model, device=device, gpus=options.gpus, cache_tokens=room, parallel=group)
     if group is None:
@@ -113,23 +113,31 @@ def _load(options: argparse.Namespace, device: torch.device, group: Group | None
     return synthetic_model(options.preset, options.weights, device, head=options.head, plan=plan, comm=group)
 
 
+def _longest(options: argparse.Namespace) -> int:
+    """Return the tokens of the longest sequence: the first ones decode while the prompts of the others are computed."""
+    meanwhile = (options.batch - 1) * -(-options.context // 256)
+    longest: int = options.context + options.new_tokens + meanwhile
+    return longest
+
+
 def _decode(model: Model, options: argparse.Namespace) -> Times:
     """Time the steps of a generator that only decodes: scheduling, sampling and the transfer of ids included."""
-    pages = -(-(options.context + options.new_tokens) // 256) * options.batch
+    longest = _longest(options)
+    pages = -(-longest // 256) * options.batch
     generator = Generator(
         model, kv_format=options.kv_format, max_tokens=pages * 256, max_batch=options.batch, page_size=256
     )
-    params = SamplingParams(temperature=0.0, max_new_tokens=options.new_tokens, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_new_tokens=longest - options.context, ignore_eos=True)
     rng = random.Random(0)
     jobs = [
         generator.submit([rng.randrange(model.config.vocab_size) for _ in range(options.context)], params)
         for _ in range(options.batch)
     ]
-    return time_steps(generator, jobs)
+    return time_steps(generator, jobs, most=options.new_tokens)
 
 
-def time_steps(generator: Generator, jobs: Sequence[Job]) -> Times:
-    """Time steps in which all submitted requests decode, up to the first that ends one.
+def time_steps(generator: Generator, jobs: Sequence[Job], *, most: int) -> Times:
+    """Time at most so many steps in which all submitted requests decode, up to the first that ends one.
 
     A step returns when the ids of the one before are on the host; in between, the device does not pause.
     """
@@ -138,8 +146,8 @@ def time_steps(generator: Generator, jobs: Sequence[Job]) -> Times:
         generator.step()
     synchronize(generator.model.device)
     generator.step()
-    samples = []
-    while not any(job.finished for job in jobs):
+    samples = list[float]()
+    while len(samples) < most and not any(job.finished for job in jobs):
         start = time.perf_counter()
         generator.step()
         samples.append((time.perf_counter() - start) * 1e3)

@@ -2,8 +2,9 @@
 
 Two kinds of steps have rooms, as wide in pages as the longest sequence allowed:
 - Decode: one token per sequence, sizes rounded up to buckets 1, 2, 4, 8, …
-- Mixed: streams beside prompts or drafts, tokens rounded up to 16, 32, 64 and multiples of 64, with sequences and rows
-  of logits for a full batch. Launching their kernels one by one takes the host longer than running them takes the GPU.
+- Mixed: streams beside prompts or drafts, tokens rounded up to 16, 32, 64 and multiples of 64, with sequences for a
+  full batch, and rows of logits for that or for drafts. Launching their kernels one by one takes the host longer than
+  running them takes the GPU.
 Steps in which somebody has an adapter are recorded apart, so that the others do without.
 
 A room owns the buffer of a `Batch`; a step copies its own buffer over that one and replays. What a step leaves unused
@@ -26,6 +27,7 @@ from qinfer.models.batch import Batch, Room
 
 # The first run compiles kernels and loads libraries, which a capture must not do; the second shows that they are there.
 _WARM_UP_RUNS = 2
+_DRAFT_LOGITS = 64  # rows of logits that a mixed step has at least, if it has as many tokens
 _MOST_MULTIPLES = 8  # of 64 tokens, or of more where they do not reach
 
 
@@ -82,7 +84,11 @@ class GraphRunner:
         self.buckets = bucket_sizes(max_batch)
         self.table_width = table_width
         # One sequence more, to which the padding belongs.
-        self.mixed = tuple(Room(tokens, max_batch + 1, max_batch) for tokens in mixed_sizes(max_mixed_tokens))
+        # Drafts want the logits of every token, which costs small rooms next to nothing.
+        self.mixed = tuple(
+            Room(tokens, max_batch + 1, max(max_batch, min(tokens, _DRAFT_LOGITS)))
+            for tokens in mixed_sizes(max_mixed_tokens)
+        )
         self._decoder = decoder
         self._recorded = recorded
         self._cache = cache

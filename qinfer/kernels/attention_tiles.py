@@ -13,7 +13,7 @@ MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
 # Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
 # found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
 REGISTERS = {"maxnreg": 255}
-# Decode over codes: as many programs of two warps per multiprocessor as go without spills, six of them over four bits.
+# Decode over codes: as many programs per multiprocessor as go without spills, six of two warps over four bits.
 LEAN = {"sm_90": {"plain": 168, "q4": 168, "q6": 255}}
 LEAN_REGISTERS = 200  # elsewhere in that table
 SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
@@ -61,11 +61,13 @@ def choose_tiles(
     elif rows <= 16 and is_hip:
         tiles = Tiles(16, 64 if head_dim <= 128 else 32, 4, 3)
     elif rows <= 16:
-        # Two warps decode each code once. The bytes of six-bit codes take room for a stage.
-        is_deep = not is_crowded if not is_coded else "q6" not in schemes
+        # Two warps decode each code once, and one those of six bits, which want the most registers.
         num_warps, residents = (2, 6 if schemes == ("q4", "q4") else 4) if is_coded or head_dim > 128 else (4, 3)
         block_m, block_n = 8 if rows <= 8 else 16, 64 if head_dim <= 128 else 32
-        tiles = Tiles(block_m, block_n, num_warps, 3 if is_deep else 2, keys_first=True, residents=residents)
+        if "q6" in schemes and head_dim <= 128:
+            block_n, num_warps, residents = 32, 1, 8
+        num_stages = 2 if is_crowded and not is_coded else 3
+        tiles = Tiles(block_m, block_n, num_warps, num_stages, keys_first=True, residents=residents)
     elif head_dim > 128:
         tiles = Tiles(64, 16, 8, 3)
     elif rows <= 64 and group <= 32:

@@ -158,8 +158,8 @@ class Decoder:
         num_rows = batch.logit_rows.shape[0]
         if num_rows == 0:
             return residual.new_empty(0, self._num_logits)
-        # Rows ascend without repetition, so as many rows as tokens are all of them in order.
-        if num_rows < residual.shape[0]:
+        # One token per sequence, and as many rows: all of them in order. Rooms of other steps repeat rows as padding.
+        if num_rows != residual.shape[0] or batch.max_query_len > 1:
             residual = gather_rows(residual, batch.logit_rows)
             if delta is not None:
                 delta = torch.stack([gather_rows(part, batch.logit_rows) for part in delta])

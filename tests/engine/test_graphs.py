@@ -48,11 +48,12 @@ def test_mixed_steps_are_padded_to_few_sizes() -> None:
     assert mixed_sizes(320) == (16, 32, 64, 128, 192, 256, 320)
     assert mixed_sizes(1200) == (16, 32, 64, 192, 384, 576, 768, 960, 1152, 1344)
     runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH, max_mixed_tokens=70)
-    assert runner.mixed_room(Room(20, 3, 2)) == Room(32, 5, 4)
-    assert runner.mixed_room(Room(65, 4, 4)) == Room(128, 5, 4)
+    assert runner.mixed_room(Room(9, 2, 9)) == Room(16, 5, 16), "one sequence with eight drafts"
+    assert runner.mixed_room(Room(20, 3, 2)) == Room(32, 5, 32)
+    assert runner.mixed_room(Room(65, 4, 4)) == Room(128, 5, 64)
     assert runner.mixed_room(Room(129, 2, 2)) is None
-    assert runner.mixed_room(Room(20, 2, 5)) is None, "drafts want more logits than there are"
-    padding = runner._padding(Room(32, 5, 4))
+    assert runner.mixed_room(Room(70, 2, 65)) is None, "drafts want more logits than there are"
+    padding = runner._padding(Room(32, 5, 32))
     assert padding.query_starts.tolist() == [0, 1, 2, 3, 4, 32]
     assert (padding.max_query_len, padding.context_lens.tolist()) == (32, [0] * 5)
 
