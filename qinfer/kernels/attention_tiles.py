@@ -72,6 +72,8 @@ def choose_tiles(
         tiles = Tiles(64, 16, 8, 3)
     elif rows <= 64 and group <= 32:
         tiles = Tiles(32, 64, 4, 3)
+    elif is_coded and is_hip:  # its matrix units want every plane's operands in registers
+        tiles = Tiles(64, 16, 4, 2)
     elif head_dim <= 64:
         tiles = Tiles(128, 64, 8, 3)
     elif arch == "sm_90":

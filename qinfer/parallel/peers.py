@@ -20,8 +20,9 @@ from torch import Tensor
 from qinfer.kernels.all_reduce import BLOCK, CHANNELS_PER_SM, Mailboxes, all_reduce, make_abort
 from qinfer.kernels.device import num_sms
 
-# Above so many bytes of a result NCCL is faster: its ring sends each of them less than twice, whatever the number of
-# ranks, a mailbox needs twice as many for every peer. Estimated, to be measured.
+# Above so many bytes of a result NCCL may be faster: its ring sends each of them less than twice, whatever the number
+# of ranks, a mailbox needs twice as many for every peer. Between two H200s mailboxes win up to 1 MiB
+# (benchmarks/LOG.md); more ranks have not been measured at every size.
 ONE_SHOT_BYTES = 512 * 1024
 _HANDLE_BYTES = 1024  # room for a handle as JSON
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
