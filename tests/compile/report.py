@@ -32,8 +32,8 @@ class Report:
     def offenders(self) -> list[str]:
         """Name every kernel that does not compile, takes more shared memory than there is, or spills on NVIDIA.
 
-        And one of fewer registers than addresses take on NVIDIA: Triton makes such a kernel, which only traps, of what it
-        cannot compile. (On AMD scalar registers, which do not count here, hold the addresses.)
+        And one of fewer registers than addresses take on NVIDIA: Triton makes such a kernel, which only traps, of what
+        it cannot compile. (On AMD scalar registers, which do not count here, hold the addresses.)
         """
         found = list(self.errors)
         for row in self.kernels:
