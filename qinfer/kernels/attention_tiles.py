@@ -13,9 +13,12 @@ MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
 # Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
 # found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
 REGISTERS = {"maxnreg": 255}
-# Decode over codes: as many programs per multiprocessor as go without spills, six of two warps over four bits.
-LEAN = {"sm_90": {"plain": 168, "q4": 168, "q6": 255}}
-LEAN_REGISTERS = 200  # elsewhere in that table
+# Decode over codes, or in an order: as many programs per multiprocessor as go without spills, six of two warps over four
+# bits. By scheme, and for the others.
+LEAN: dict[str, tuple[dict[str, int], int]] = {
+    "sm_90": ({"plain": 168, "q4": 168, "q6": 255}, 200),
+    "sm_120": ({}, 255),
+}
 SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
 
 
@@ -98,5 +101,6 @@ def registers(arch: str, tiles: Tiles, schemes: tuple[str, str], *, has_order: b
     """Return the option of a launch that sets the limit of registers, if it needs one."""
     is_coded = schemes != ("plain", "plain")
     if tiles.keys_first and arch in LEAN and (is_coded or has_order):
-        return {"maxnreg": max(LEAN[arch].get(scheme, LEAN_REGISTERS) for scheme in schemes)}
+        by_scheme, others = LEAN[arch]
+        return {"maxnreg": max(by_scheme.get(scheme, others) for scheme in schemes)}
     return REGISTERS if arch in SAVES_ALWAYS or (is_coded and arch in SAVES_FOR_CODES) else {}
