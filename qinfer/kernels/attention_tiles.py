@@ -13,8 +13,8 @@ MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
 # Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
 # found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
 REGISTERS = {"maxnreg": 255}
-# Decode over codes, or in an order: as many programs per multiprocessor as go without spills, six of two warps over four
-# bits. By scheme, and for the others.
+# Decode over codes, or in an order: as many programs per multiprocessor as go without spills, six of two warps over
+# four bits. By scheme, and for the others.
 LEAN: dict[str, tuple[dict[str, int], int]] = {
     "sm_90": ({"plain": 168, "q4": 168, "q6": 255}, 200),
     "sm_120": ({}, 255),
