@@ -134,9 +134,9 @@ class DraftRunner:
         self.cache = draft.model.new_cache(num_pages, page_size=sizes["page_size"], kv_format=kv_format)
         self._runner = StepRunner(draft.model, self.cache, **sizes)
 
-    def warm_up(self, max_step_tokens: int) -> None:
-        """Compile and record what steps of so many tokens can ask for."""
-        self._runner.warm_up(max_step_tokens)
+    def warm_up(self) -> None:
+        """Compile and record what steps can ask for."""
+        self._runner.warm_up()
 
     def fill(self, step: Step) -> Step:
         """Put ids in the place of the reserved ones, and compute what the target will compute without a draft.

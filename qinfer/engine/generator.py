@@ -98,7 +98,7 @@ class Generator:
             "page_size": page_size,
             "max_batch": max_batch,
             "table_width": longest,
-            "max_mixed_tokens": self.scheduler.max_mixed_tokens,
+            "max_step_tokens": max_step_tokens,
         }
         self.runner = StepRunner(model, self.cache, **sizes)
         self._draft_runner: DraftRunner | None = None
@@ -120,7 +120,7 @@ class Generator:
         self.turns.warm_up()
         for runner in (self.runner, self._draft_runner):
             if runner is not None:
-                runner.warm_up(self.scheduler.max_step_tokens)
+                runner.warm_up()
 
     def defragment(self) -> int:
         """Move what stands in the page pool to its beginning, and return how many pages moved.

@@ -1,17 +1,21 @@
 """Steps as CUDA graphs: the kernels of a step are recorded once per room and replayed with one launch.
 
-Two kinds of steps have rooms, as wide in pages as the longest sequence allowed:
+Launching the kernels of a step one by one takes the host tens of milliseconds, longer than the GPU takes for a few
+hundred tokens, so every step has a room. There are two kinds, as wide in pages as the longest sequence allowed:
 - Decode: one token per sequence, sizes rounded up to buckets 1, 2, 4, 8, …
-- Mixed: streams beside prompts or drafts, tokens rounded up to 16, 32, 64 and multiples of 64, with sequences for a
-  full batch, and rows of logits for that or for drafts. Launching their kernels one by one takes the host longer than
-  running them takes the GPU.
-Steps in which somebody has an adapter are recorded apart, so that the others do without.
+- Mixed: prompts or drafts, alone or beside streams, with sequences for a full batch, and rows of logits for that or for
+  drafts. Tokens are rounded up to a few sizes up to the largest step. Beyond about a thousand tokens the GPU is the
+  slower one and padding costs time; there sizes stand an eighth apart and the largest step, of which a long prompt is
+  made, has none. Graphs still free the host, and where ranks share a model the GPU is the slower one much later.
+Steps in which somebody has an adapter are recorded apart, so that the others do without. What wants more rows of logits
+than a room has, such as a prompt that is scored, runs without a graph.
 
 A room owns the buffer of a `Batch`; a step copies its own buffer over that one and replays. What a step leaves unused
 carries slot -1 and context length 0: it writes nothing and reads nothing. Its attention gives zeros and its other rows
 depend on no row but themselves.
 
-All graphs allocate from one memory pool, so the logits of a step are overwritten by the next step of any room.
+All graphs allocate from one memory pool on one stream; what a pool holds for several streams it keeps apart. So the
+largest room has memory for all of them, and the logits of a step are overwritten by the next step of any room.
 """
 
 from __future__ import annotations
@@ -28,7 +32,23 @@ from qinfer.models.batch import Batch, Room
 # The first run compiles kernels and loads libraries, which a capture must not do; the second shows that they are there.
 _WARM_UP_RUNS = 2
 _DRAFT_LOGITS = 64  # rows of logits that a mixed step has at least, if it has as many tokens
-_MOST_MULTIPLES = 8  # of 64 tokens, or of more where they do not reach
+# Attention cuts keys into runs where the blocks of all sequences that a room may have leave multiprocessors idle. So a
+# sequence by itself has rooms of its own up to this size, beyond which its own blocks are enough of them.
+_MOST_ALONE = 256
+
+
+class _Memory:
+    """The memory of a tensor on a GPU without a claim to it: the pool may give it to the next room."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.dtype == torch.float32
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "strides": tuple(4 * stride for stride in tensor.stride()),
+            "typestr": "<f4",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
 
 
 @dataclass(frozen=True)
@@ -52,10 +72,16 @@ def bucket_sizes(max_batch: int) -> tuple[int, ...]:
 
 
 def mixed_sizes(most: int) -> tuple[int, ...]:
-    """Return the numbers of tokens to which mixed steps of at most `most` tokens are padded, none if that is 0."""
-    step = 64 * max(1, -(-most // (64 * _MOST_MULTIPLES)))
-    multiples = [step * i for i in range(1, -(-most // step) + 1)]
-    return (*(size for size in (16, 32, 64) if multiples and size < step), *multiples)
+    """Return the numbers of tokens to which mixed steps of at most `most` tokens are padded, none if that is 0.
+
+    16, 32, multiples of 64, from 512 on of an eighth of the power of two before them, and `most` itself: 26 sizes for
+    2,048 tokens, 8 more whenever they double.
+    """
+    sizes, size = [16, 32], 64
+    while size < most:
+        sizes.append(size)
+        size += max(64, 1 << (size.bit_length() - 4))
+    return (*(size for size in sizes if size < most), most) if most else ()
 
 
 class GraphRunner:
@@ -68,7 +94,7 @@ class GraphRunner:
         *,
         max_batch: int,
         table_width: int,
-        max_mixed_tokens: int = 0,
+        max_step_tokens: int = 0,
         recorded: Callable[[torch.cuda.CUDAGraph], None] = lambda _: None,
     ) -> None:
         """Record nothing yet.
@@ -78,22 +104,23 @@ class GraphRunner:
             cache: The pages that every replay reads and writes; they must stay where they are.
             max_batch: Most sequences in a step.
             table_width: Pages of the longest sequence.
-            max_mixed_tokens: Most tokens of a step with prompts or drafts that goes through a graph.
+            max_step_tokens: Most tokens of a step with prompts or drafts that goes through a graph.
             recorded: Gets every graph, to reset it before the ranks whose collectives it holds part.
         """
         self.buckets = bucket_sizes(max_batch)
         self.table_width = table_width
-        # One sequence more, to which the padding belongs.
         # Drafts want the logits of every token, which costs small rooms next to nothing.
         self.mixed = tuple(
-            Room(tokens, max_batch + 1, max(max_batch, min(tokens, _DRAFT_LOGITS)))
-            for tokens in mixed_sizes(max_mixed_tokens)
+            Room(tokens, count + 1, max(count, min(tokens, _DRAFT_LOGITS)), tokens)
+            for tokens in mixed_sizes(max_step_tokens)
+            for count in ([1] if tokens <= _MOST_ALONE and max_batch > 1 else []) + [max_batch]
         )
         self._decoder = decoder
         self._recorded = recorded
         self._cache = cache
         self._device = torch.device(cache.device)
         self._captured: dict[tuple[Room, bool], _Captured] = {}  # by room, and whether there are adapters
+        self._side: torch.cuda.Stream | None = None  # on which all rooms are recorded
 
     def bucket(self, num_rows: int) -> int:
         """Return the size to which a step of `num_rows` sequences is padded.
@@ -107,8 +134,9 @@ class GraphRunner:
 
     def mixed_room(self, used: Room) -> Room | None:
         """Return the smallest room for a mixed step that uses so much; None if there is none, and it runs eagerly."""
-        fits = (room for room in self.mixed if all(has <= may for has, may in zip(used, room, strict=True)))
-        return next(fits, None)
+        # One sequence more, to which the padding belongs.
+        padded = used._replace(sequences=used.sequences + 1)
+        return next((room for room in self.mixed if room.holds(padded)), None)
 
     def capture_all(self, *, has_adapters: bool = False) -> None:
         """Record every room now, largest first so that the smaller ones fit into its memory.
@@ -117,7 +145,7 @@ class GraphRunner:
             has_adapters: Whether to record the steps with adapters as well.
         """
         for adapted in (False, True)[: 1 + has_adapters]:
-            for room in (*reversed(self.mixed), *map(Room.of_rows, reversed(self.buckets))):
+            for room in sorted((*self.mixed, *map(Room.of_rows, self.buckets)), reverse=True):
                 self._find(room, has_adapters=adapted)
 
     def forget_adapters(self) -> None:
@@ -130,7 +158,8 @@ class GraphRunner:
         Returns:
             [R, V] fp32 logits, valid until the next call; rows of padding hold values without meaning.
         """
-        room = Room(batch.token_ids.shape[0], batch.context_lens.shape[0], batch.logit_rows.shape[0])
+        tokens, sequences, logits = map(len, (batch.token_ids, batch.context_lens, batch.logit_rows))
+        room = Room(tokens, sequences, logits, batch.max_query_len)
         is_known = room in self.mixed or (room.sequences in self.buckets and room == Room.of_rows(room.sequences))
         if not is_known or batch.buffer.shape != (self._buffer_length(room),):
             raise ValueError(
@@ -160,9 +189,7 @@ class GraphRunner:
     def _padding(self, room: Room, *, has_adapters: bool = False) -> Batch:
         """Return a room of nothing but padding, so that recording leaves the cache as it is."""
         buffer = torch.zeros(self._buffer_length(room), dtype=torch.int32, device=self._device)
-        is_decode = room == Room.of_rows(room.sequences)
-        # Any piece of a mixed step may be as long as the step.
-        batch = Batch.views(buffer, **self._sizes(room), max_query_len=1 if is_decode else room.tokens)
+        batch = Batch.views(buffer, **self._sizes(room), max_query_len=room.longest)
         batch.slots.fill_(-1)
         batch.adapters.fill_(-1)
         batch.page_table.fill_(-1)
@@ -176,7 +203,7 @@ class GraphRunner:
         """Run the step a few times on a stream of its own, then record it."""
         with torch.cuda.device(self._device):
             batch = self._padding(room, has_adapters=has_adapters)
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._side = side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP_RUNS):
@@ -187,5 +214,7 @@ class GraphRunner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=side):
                 logits = self._decoder(batch, self._cache)
+            # A tensor that owned them would take megabytes from the pool for every room.
+            logits = torch.as_tensor(_Memory(logits), device=self._device)
         self._recorded(graph)
         return _Captured(graph=graph, batch=batch, logits=logits)

@@ -24,8 +24,7 @@ class _Buffer:
     def __init__(self, room: Room, table_width: int, *, pin: bool) -> None:
         sizes = {"T": room.tokens, "B": room.sequences, "W": table_width, "R": room.logits}
         host = torch.zeros(Batch.buffer_length(**sizes), dtype=torch.int32, pin_memory=pin)
-        is_decode = room == Room.of_rows(room.sequences)
-        self.batch = Batch.views(host, **sizes, max_query_len=1 if is_decode else room.tokens)
+        self.batch = Batch.views(host, **sizes, max_query_len=room.longest)
         self.adapted = replace(self.batch, has_adapters=True)
         self.arrays = Arrays(self.batch)
         self.streams: Rows[Sequence] | None = None  # whose step it holds, where that had no pieces
@@ -53,7 +52,7 @@ class StepRows:
         """Allocate the buffers.
 
         Args:
-            room: Tokens, sequences and rows of logits, padding included.
+            room: What the step may have, padding included.
             table_width: Pages of the longest sequence.
             page_size: Tokens per page.
             pin: Whether the buffers are page-locked, so that a copy to a GPU does not wait.

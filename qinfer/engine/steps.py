@@ -126,7 +126,7 @@ class StepRunner:
         page_size: int,
         max_batch: int,
         table_width: int,
-        max_mixed_tokens: int,
+        max_step_tokens: int,
     ) -> None:
         """Allocate the buffers that carry ids between steps and to the host.
 
@@ -136,12 +136,13 @@ class StepRunner:
             page_size: Tokens per page.
             max_batch: Most sequences in a step.
             table_width: Pages of the longest sequence.
-            max_mixed_tokens: Most prompt tokens in a step in which other sequences decode.
+            max_step_tokens: Most tokens in a step.
         """
         self._model = model
         self._cache = cache
         self._page_size = page_size
         self._table_width = table_width
+        self._max_step_tokens = max_step_tokens
         self._rows: dict[Room, StepRows] = {}
         self._step: Step = []  # the last one
         self._streams: list[Sequence] = []  # the sequences at its beginning that compute one token
@@ -159,7 +160,7 @@ class StepRunner:
                 cache,
                 max_batch=max_batch,
                 table_width=table_width,
-                max_mixed_tokens=max_mixed_tokens + max_batch,
+                max_step_tokens=max_step_tokens,
                 recorded=model.comm.recorded,
             )
 
@@ -180,9 +181,7 @@ class StepRunner:
         complete, scores = streams, list[Scores]()
         if others:
             pieces = [_piece(*other) for other in others]
-            logits = self._mixed(
-                streams, pieces, is_beside_streams=any(s.num_computed >= len(s.prompt) for s, _ in step)
-            )
+            logits = self._mixed(streams, pieces)
             if any(sequence.unscored(count) for sequence, count in others):
                 logits, scores = take_scores(step, [*(_piece(one, 1) for one in streams), *pieces], logits)
             complete = streams + [sequence for sequence, count in others if count >= sequence.num_pending]
@@ -248,31 +247,32 @@ class StepRunner:
         arrived.record(torch.cuda.current_stream(self._model.device))
         return arrived
 
-    def warm_up(self, max_step_tokens: int) -> None:
-        """Compile and record all that steps of so many tokens can ask for; pages and requests stay as they are.
+    def warm_up(self) -> None:
+        """Compile and record all that steps can ask for; pages and requests stay as they are.
 
-        Kernels are compiled per kind of size: one token, a multiple of 16, and neither, around each power of two, for
-        prompts alone and beside streams; and once per way of sampling.
+        What runs without a graph is compiled per kind of size: one token, a multiple of 16, and neither, around each
+        power of two, for prompts alone and beside streams; and once per way of sampling.
         """
         adapter = 0 if self._model.loras else -1
-        if self.graphs is not None:
-            self._forget_moved_adapters()
-            self.graphs.capture_all(has_adapters=adapter >= 0)
         # A whole last page may reach beyond the last position.
         room = min(self._table_width * self._page_size, self._model.config.max_positions)
         max_batch = len(self._sampled)
         # What stands in the pages does not matter, and page 0 is there in any pool.
         single = Piece([0], 0, [0], "last")
-        for length in _sizes(min(max_step_tokens, room)):
+        for length in _sizes(min(self._max_step_tokens, room)):
             # Attention cuts keys into runs where a step has few programs for many keys.
             for start in {0, room - length}:
                 pages = [0] * -(-(start + length) // self._page_size)
                 prompt = Piece([0] * length, start, pages, "last", adapter)
-                several = [prompt] * min(max_batch, max_step_tokens // length)
+                several = [prompt] * min(max_batch, self._max_step_tokens // length)
                 for pieces in ([prompt], [prompt, single], [single] * (max_batch - 1) + [prompt], several):
                     batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
                     batch.slots.fill_(-1)
                     self._warm_up_sampling(self._forward(batch, self._cache))
+        # Last, since recording hands back what these steps took and few others will take.
+        if self.graphs is not None:
+            self._forget_moved_adapters()
+            self.graphs.capture_all(has_adapters=adapter >= 0)
         if self._on_gpu:
             torch.cuda.synchronize(self._model.device)
 
@@ -290,11 +290,10 @@ class StepRunner:
         feed(batch.token_ids, self._sampled)
         return self._model.decoder(batch, cache)
 
-    def _mixed(self, streams: list[Sequence], pieces: list[Piece], *, is_beside_streams: bool) -> Tensor:
-        """Run a step of any pieces, through a recorded graph where streams wait for it and it fits."""
-        of_pieces, count = Room.of_pieces(pieces), len(streams)
-        used = Room(*(count + number for number in of_pieces))
-        room = self.graphs.mixed_room(used) if self.graphs is not None and is_beside_streams else None
+    def _mixed(self, streams: list[Sequence], pieces: list[Piece]) -> Tensor:
+        """Run a step of any pieces behind streams, through a recorded graph where it fits one."""
+        used = Room.of_pieces(pieces, num_streams=len(streams))
+        room = None if self.graphs is None else self.graphs.mixed_room(used)
         if self.graphs is None or room is None:
             pieces = [_piece(sequence, 1) for sequence in streams] + pieces
             return self._forward(Batch.build(pieces, page_size=self._page_size, device=self._model.device), self._cache)

@@ -27,21 +27,28 @@ Ints: TypeAlias = npt.NDArray[np.int32]
 
 
 class Room(NamedTuple):
-    """How many tokens, sequences and rows of logits a step has, padding included."""
+    """How many tokens, sequences and rows of logits a step has, padding included, and how long its pieces may be."""
 
     tokens: int
     sequences: int
     logits: int
+    longest: int  # tokens of a piece
 
     @classmethod
     def of_rows(cls, count: int) -> Room:
         """Return the room of a step in which each sequence computes one token."""
-        return cls(count, count, count)
+        return cls(count, count, count, 1)
 
     @classmethod
-    def of_pieces(cls, pieces: Sequence[Piece]) -> Room:
-        """Return what pieces take without padding."""
-        return cls(sum(len(piece.token_ids) for piece in pieces), len(pieces), len(logit_rows(pieces)))
+    def of_pieces(cls, pieces: Sequence[Piece], *, num_streams: int = 0) -> Room:
+        """Return what pieces take without padding, behind so many sequences with one token and its logits."""
+        lengths = [len(piece.token_ids) for piece in pieces]
+        rows = len(logit_rows(pieces))
+        return cls(num_streams + sum(lengths), num_streams + len(pieces), num_streams + rows, max(lengths, default=1))
+
+    def holds(self, used: Room) -> bool:
+        """Whether there is as much of everything as a step uses."""
+        return all(has <= may for has, may in zip(used, self, strict=True))
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class Batch:
         needed = max(_num_pages(index, piece, page_size) for index, piece in enumerate(pieces))
         used = Room.of_pieces(pieces)
         room = used if pad_to is None else pad_to
-        if any(has > may for has, may in zip(used, room, strict=True)):
+        if not room.holds(used):
             raise ValueError(f"pad_to must have room for {used}, got {room}")
         if room.tokens > used.tokens and room.sequences == used.sequences:
             raise ValueError(
@@ -169,9 +176,8 @@ class Batch:
         arrays = Arrays(cls.views(host, **sizes, max_query_len=1))
         arrays.page_table[:] = -1
         arrays.fill(pieces, page_size)
-        longest = int(np.diff(arrays.query_starts).max())
         # The caching host allocator keeps pinned memory from being reused until the copy is done.
-        batch = cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=longest)
+        batch = cls.views(host.to(device, non_blocking=True), **sizes, max_query_len=room.longest)
         return replace(batch, has_adapters=True) if any(piece.adapter >= 0 for piece in pieces) else batch
 
 

@@ -1,19 +1,26 @@
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from triton import knobs
 
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.generator import Generator
-from qinfer.engine.graphs import GraphRunner, bucket_sizes, mixed_sizes
-from qinfer.engine.sampling import SamplingParams
+from qinfer.engine.graphs import GraphRunner, _Captured, bucket_sizes, mixed_sizes
+from qinfer.engine.sampling import SamplerState, SamplingParams
+from qinfer.engine.sequence import Sequence
+from qinfer.engine.steps import StepRunner
 from qinfer.models.batch import Batch, Piece, Room
+from qinfer.models.lora import Lora
 from qinfer.models.model import Model
+from tests.compare import assert_close
 from tests.models import adapters, tiny
 
 WIDTH, PAGE = 3, 16
@@ -44,18 +51,56 @@ def test_steps_are_padded_to_the_next_bucket() -> None:
 
 def test_mixed_steps_are_padded_to_few_sizes() -> None:
     assert mixed_sizes(0) == ()
-    assert mixed_sizes(40) == (16, 32, 64)
+    assert mixed_sizes(1) == (1,)
+    assert mixed_sizes(40) == (16, 32, 40)
     assert mixed_sizes(320) == (16, 32, 64, 128, 192, 256, 320)
-    assert mixed_sizes(1200) == (16, 32, 64, 192, 384, 576, 768, 960, 1152, 1344)
-    runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH, max_mixed_tokens=70)
-    assert runner.mixed_room(Room(9, 2, 9)) == Room(16, 5, 16), "one sequence with eight drafts"
-    assert runner.mixed_room(Room(20, 3, 2)) == Room(32, 5, 32)
-    assert runner.mixed_room(Room(65, 4, 4)) == Room(128, 5, 64)
-    assert runner.mixed_room(Room(129, 2, 2)) is None
-    assert runner.mixed_room(Room(70, 2, 65)) is None, "drafts want more logits than there are"
-    padding = runner._padding(Room(32, 5, 32))
+    assert mixed_sizes(700) == (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 700)
+    assert mixed_sizes(1200)[-4:] == (960, 1024, 1152, 1200)
+    assert [len(mixed_sizes(most)) for most in (2048, 8192, 16384)] == [26, 42, 50]
+
+
+@given(st.integers(1, 20_000))
+def test_sizes_grow_to_the_largest_step_and_waste_little(most: int) -> None:
+    sizes = mixed_sizes(most)
+    assert sizes[-1] == most
+    # A step of one token more than a size is the one with most padding.
+    for before, after in pairwise((0, *sizes)):
+        assert 0 < after - before <= max(64, after // 8)
+
+
+def test_rooms() -> None:
+    runner = GraphRunner(unused, cache_on("cpu"), max_batch=4, table_width=WIDTH, max_step_tokens=320)
+    assert runner.mixed_room(Room(9, 1, 9, 9)) == Room(16, 2, 16, 16), "one sequence with eight drafts"
+    assert runner.mixed_room(Room(9, 2, 9, 8)) == Room(16, 5, 16, 16)
+    assert runner.mixed_room(Room(20, 3, 2, 18)) == Room(32, 5, 32, 32)
+    assert runner.mixed_room(Room(256, 1, 1, 256)) == Room(256, 2, 64, 256)
+    assert runner.mixed_room(Room(257, 1, 0, 257)) == Room(320, 5, 64, 320)
+    assert runner.mixed_room(Room(321, 2, 2, 320)) is None
+    assert runner.mixed_room(Room(70, 2, 65, 69)) is None, "drafts want more logits than there are"
+    padding = runner._padding(Room(32, 5, 32, 32))
     assert padding.query_starts.tolist() == [0, 1, 2, 3, 4, 32]
     assert (padding.max_query_len, padding.context_lens.tolist()) == (32, [0] * 5)
+
+
+def few_or_more(most: int) -> st.SearchStrategy[int]:
+    """One to most, and often so few that they have rooms of their own."""
+    return st.integers(1, min(most, 3)) | st.integers(1, most)
+
+
+@given(st.integers(1, 300), st.integers(0, 5000), st.data())
+def test_every_step_that_the_scheduler_makes_has_a_room(max_batch: int, more: int, data: st.DataObject) -> None:
+    runner = GraphRunner(
+        unused, cache_on("cpu"), max_batch=max_batch, table_width=WIDTH, max_step_tokens=max_batch + more
+    )
+    assert len({*runner.mixed, *map(Room.of_rows, runner.buckets)}) == len(runner.mixed) + len(runner.buckets)
+    sequences = data.draw(few_or_more(max_batch))
+    tokens = sequences - 1 + data.draw(few_or_more(max_batch + more - sequences + 1))
+    used = Room(tokens, sequences, data.draw(st.integers(0, sequences)), tokens - sequences + 1)
+    room = runner.mixed_room(used)
+    assert room is not None
+    assert room.holds(used)
+    assert room.sequences > sequences, "padding needs a sequence"
+    assert room.longest == room.tokens, "padding may be one piece"
 
 
 def test_recording_writes_nothing_and_reads_nothing() -> None:
@@ -81,19 +126,101 @@ def test_batches_of_another_shape_are_refused(pad_to: int, width: int) -> None:
         runner.run(batch)
 
 
+@dataclass
+class Replay:
+    """What stands in for a graph: it computes the step again."""
+
+    decoder: Any
+    batch: Batch
+    cache: PagedKVCache
+    logits: Tensor
+
+    def replay(self) -> None:
+        self.logits.copy_(self.decoder(self.batch, self.cache))
+
+
 class Eager(GraphRunner):
-    """The same padded steps without a graph, and the rooms that they had."""
+    """The same padded steps without a graph."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.rooms: set[Room] = set()
+    def _capture(self, room: Room, *, has_adapters: bool) -> _Captured:
+        batch = self._padding(room, has_adapters=has_adapters)
+        logits = self._decoder(batch, self._cache)
+        assert len(logits) == room.logits
+        graph: Any = Replay(self._decoder, batch, self._cache, logits)
+        return _Captured(graph, batch, logits)
 
-    def run(self, batch: Batch) -> Tensor:
-        (rows, width), tokens = batch.page_table.shape, batch.token_ids.shape[0]
-        self.rooms.add(Room(tokens, rows, batch.logit_rows.shape[0]))
-        sizes = {"T": tokens, "B": rows, "W": width, "R": batch.logit_rows.shape[0]}
-        on_device = Batch.views(batch.buffer.to(self._device), **sizes, max_query_len=1 if tokens == rows else tokens)
-        return self._decoder(replace(on_device, has_adapters=batch.has_adapters), self._cache)
+    @property
+    def rooms(self) -> set[Room]:
+        """Those that steps have had."""
+        return {room for room, _ in self._captured}
+
+
+LONGEST = 96  # positions of the sequences below
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Lora]:
+    path: Path = tmp_path_factory.mktemp("rooms")
+    tiny.save(path / "model", "llama", num_hidden_layers=1)
+    model = Model.load(path / "model", device="cpu")
+    adapters.save(path / "lora", path / "model")
+    return model, model.load_lora(path / "lora")
+
+
+@st.composite
+def steps(draw: st.DrawFn, max_batch: int, max_step_tokens: int) -> list[tuple[str, int, int, bool]]:
+    """What each sequence of a step is, how many tokens it has computed and computes now, and if with an adapter."""
+    count = draw(few_or_more(max_batch))
+    extra, step = max_step_tokens - count, []
+    for _ in range(count):
+        kind = draw(st.sampled_from(("stream", "stream on the device", "drafts", "whole", "part")))
+        more = 0 if kind.startswith("stream") else draw(st.integers(0, min(extra, LONGEST - 50)))
+        extra -= more
+        step.append((kind, draw(st.integers(1, 40)), 1 + more, draw(st.booleans())))
+    # Whoever runs them has streams first, but for those among drafts.
+    return sorted(step, key=lambda one: one[2] > 1)
+
+
+def sequence(number: int, described: tuple[str, int, int, bool], lora: Lora) -> Sequence:
+    kind, computed, count, is_adapted = described
+    known = {"stream on the device": 0, "drafts": 1, "part": count + 3}.get(kind, count)
+    width = LONGEST // PAGE
+    params = SamplingParams(temperature=0)
+    ids = tiny.prompt(computed + known, seed=computed)
+    one = Sequence(number, tuple(ids), params, SamplerState(params, ids), lora=lora if is_adapted else None)
+    one.pages, one.num_computed = [*range(number * width, (number + 1) * width)], computed
+    one.drafts = tiny.prompt(count - 1, seed=count) if kind == "drafts" else []
+    one.source = 0 if kind == "stream on the device" else -1
+    return one
+
+
+@given(st.integers(1, 33), st.integers(0, 150), st.data())
+def test_a_padded_step_is_the_step(small: tuple[Model, Lora], max_batch: int, more: int, data: st.DataObject) -> None:
+    model, lora = small
+    width, max_step_tokens = LONGEST // PAGE, max_batch + more
+    runners, caches = list[StepRunner](), list[PagedKVCache]()
+    for has_rooms in (False, True):
+        cache = model.new_cache(max_batch * width, page_size=PAGE, kv_format="fp32")
+        for pages in cache.pages(0):
+            pages.codes.normal_(generator=torch.Generator().manual_seed(0))
+        sizes = {"max_batch": max_batch, "table_width": width, "max_step_tokens": max_step_tokens}
+        runner = StepRunner(model, cache, page_size=PAGE, **sizes)
+        runner._sampled.fill_(7)
+        if has_rooms:
+            runner.graphs = Eager(runner._forward, cache, **sizes)
+        caches.append(cache)
+        runners.append(runner)
+    # Several, since a room is filled again.
+    for described in data.draw(st.lists(steps(max_batch, max_step_tokens), min_size=1, max_size=3)):
+        launched = []
+        for runner in runners:
+            step = [(sequence(number, one, lora), one[2]) for number, one in enumerate(described)]
+            launched.append(runner.launch(step))
+        plain, padded = launched
+        assert [one.id for one in plain.sequences] == [one.id for one in padded.sequences]
+        assert_close(padded.logits, plain.logits)
+        for ours, theirs in zip(*(cache.pages(0) for cache in caches), strict=True):
+            assert_close(ours.codes, theirs.codes)
 
 
 @pytest.mark.parametrize("draft", [0, 3])
@@ -107,7 +234,7 @@ def test_padded_steps_say_what_steps_without_padding_say(tmp_path: Path, kind: s
     plain, padded = (Generator(model, max_step_tokens=24, **options) for _ in range(2))
     runner = padded.runner
     runner.graphs = Eager(
-        runner._forward, padded.cache, max_batch=3, table_width=runner._table_width, max_mixed_tokens=24
+        runner._forward, padded.cache, max_batch=3, table_width=runner._table_width, max_step_tokens=24
     )
     texts = []
     for gen in (plain, padded):
@@ -170,6 +297,18 @@ def test_graph_gives_the_logits_of_the_eager_step_bitwise(model: Model) -> None:
 
 
 @pytest.mark.gpu
+def test_rooms_share_the_memory_of_the_largest(model: Model) -> None:
+    cache = model.new_cache(12, page_size=PAGE)
+    runner = GraphRunner(model.decoder, cache, max_batch=6, table_width=WIDTH, max_step_tokens=500)
+    runner._find(runner.mixed[-1], has_adapters=False)
+    before = torch.cuda.memory_allocated()
+    runner.capture_all()
+    batches = sum(-(-captured.batch.buffer.nbytes // 512) * 512 for captured in runner._captured.values())
+    logits = min(captured.logits.nbytes for captured in runner._captured.values() if len(captured.logits) > 6)
+    assert torch.cuda.memory_allocated() - before < batches + logits
+
+
+@pytest.mark.gpu
 def test_generator_on_graphs_says_the_same(model: Model) -> None:
     options = {"max_tokens": 512, "page_size": PAGE, "max_batch": 4, "max_step_tokens": 32, "prefix_cache": False}
     texts = [tiny.prompt(length, seed=length) for length in (1, 40, 17, 5, 9)]
@@ -177,10 +316,7 @@ def test_generator_on_graphs_says_the_same(model: Model) -> None:
     with_graphs, eager = Generator(model, **options), Generator(model, **options)
     width = with_graphs.runner.graphs.table_width
     # Padded alike, so that both take the same kernels.
-    most = eager.scheduler.max_mixed_tokens + 4
-    eager.runner.graphs = Eager(
-        eager.runner._forward, eager.cache, max_batch=4, table_width=width, max_mixed_tokens=most
-    )
+    eager.runner.graphs = Eager(eager.runner._forward, eager.cache, max_batch=4, table_width=width, max_step_tokens=32)
     outs = with_graphs.generate(texts, several)
     assert outs == eager.generate(texts, several)
     assert outs == with_graphs.generate(texts, several)

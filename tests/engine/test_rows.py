@@ -50,7 +50,7 @@ def test_refilled_rows_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int
 
 @given(steps(), st.data())
 def test_streams_and_pieces_are_those_of_a_fresh_batch(plan: list[list[tuple[int, int]]], data: st.DataObject) -> None:
-    room = Room(24, ROWS + 3, ROWS + 2)
+    room = Room(24, ROWS + 3, ROWS + 2, 24)
     rows = StepRows(room, table_width=WIDTH, page_size=PAGE, pin=False)
     for step in plan:
         streams = [sequence(number, data.draw(st.integers(0, 19)), [*range(10 * number, 10 * number + 5)])

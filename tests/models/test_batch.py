@@ -58,14 +58,16 @@ def test_padding_rows() -> None:
 
 def test_room_for_a_mixed_step() -> None:
     pieces = [Piece([4], 5, [3], "last"), Piece([6, 7, 8], 0, [1], "none")]
-    assert Room.of_pieces(pieces) == Room(4, 2, 1)
-    batch = Batch.build(pieces, page_size=16, device="cpu", pad_to=Room(9, 4, 3), table_width=2)
+    assert Room.of_pieces(pieces) == Room(4, 2, 1, 3)
+    assert Room.of_pieces(pieces, num_streams=5) == Room(9, 7, 6, 3)
+    batch = Batch.build(pieces, page_size=16, device="cpu", pad_to=Room(9, 4, 3, 8), table_width=2)
+    assert batch.max_query_len == 8, "as for any step of this room"
     assert batch.token_ids.tolist() == [4, 6, 7, 8, 0, 0, 0, 0, 0]
     assert batch.slots.tolist() == [53, 16, 17, 18, -1, -1, -1, -1, -1]
     assert batch.query_starts.tolist() == [0, 1, 4, 5, 9], "the last sequence takes what padding is left"
     assert batch.context_lens.tolist() == [6, 3, 0, 0]
     assert batch.logit_rows.tolist() == [0, 4, 5]
-    full = Batch.build(pieces, page_size=16, device="cpu", pad_to=Room(4, 4, 4), table_width=2)
+    full = Batch.build(pieces, page_size=16, device="cpu", pad_to=Room(4, 4, 4, 3), table_width=2)
     assert (full.query_starts.tolist(), full.logit_rows.tolist()) == ([0, 1, 4, 4, 4], [0, 3, 3, 3])
 
 
@@ -90,11 +92,15 @@ def test_no_logits_gives_no_rows() -> None:
         (
             [Piece([1], 0, [0], "last")] * 3,
             {"pad_to": Room.of_rows(2)},
-            r"room for Room\(tokens=3, sequences=3, logits=3\)",
+            r"room for Room\(tokens=3, sequences=3, logits=3, longest=1\)",
         ),
-        ([Piece([1, 2], 0, [0], "last")], {"pad_to": Room(1, 2, 2)}, r"room for Room\(tokens=2, .* got Room\(tokens=1"),
-        ([Piece([1, 2], 0, [0], "all")], {"pad_to": Room(2, 2, 1)}, r"room for Room\(.* logits=2\), got"),
-        ([Piece([1, 2], 0, [0], "last")], {"pad_to": Room(5, 1, 1)}, "must have a sequence for 3 tokens of padding"),
+        (
+            [Piece([1, 2], 0, [0], "last")],
+            {"pad_to": Room(1, 2, 2, 2)},
+            r"room for Room\(tokens=2, .* got Room\(tokens=1",
+        ),
+        ([Piece([1, 2], 0, [0], "all")], {"pad_to": Room(2, 2, 1, 2)}, r"room for Room\(.* logits=2, longest=2\), got"),
+        ([Piece([1, 2], 0, [0], "last")], {"pad_to": Room(5, 1, 1, 5)}, "must have a sequence for 3 tokens of padding"),
         ([Piece([1], 16, [0, 1], "last")], {"table_width": 1}, "table_width must be at least 2"),
     ],
 )

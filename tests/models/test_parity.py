@@ -154,7 +154,7 @@ def test_a_mixed_step_may_be_padded(tmp_path: Path) -> None:
     tiny.save(tmp_path, "llama")
     model, first, second = Model.load(tmp_path, device="cpu"), tiny.prompt(21, seed=1), tiny.prompt(9, seed=2)
     logits = []
-    for room in (None, Room(32, 5, 4), Room(12, 4, 4)):
+    for room in (None, Room(32, 5, 4, 32), Room(12, 4, 4, 12)):
         cache = model.new_cache(5, page_size=16)
         start = Batch.build([Piece(first[:20], 0, [2, 0], "none")], page_size=16, device="cpu")
         model.decoder(start, cache)
