@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from qinfer.kernels.parts import add_up
 from qinfer.parallel.comm import Group
 
 
@@ -71,6 +72,27 @@ def check_sums(group: Group) -> None:
             check_sum(group, parts, summed)
 
 
+def check_large_sums(group: Group) -> None:
+    """Sums that no mailbox takes: rounded to bf16 within the bound, and in order, where a row is what it is alone."""
+    random = torch.Generator(group.device).manual_seed(group.rank)
+    # More than 512 KB, and a number of rows that ranks cannot share evenly.
+    parts = torch.empty(1, 1031, 256, device=group.device).normal_(generator=random)
+    everyone = group.all_gather(parts.double(), 0)
+    rounded = group.all_reduce_parts(parts.bfloat16())
+    # Every rank rounds once, and so does every addition, at most half a unit of 8 bits: 2^-9 of some partial sum.
+    bound = 2.0**-9 * 1.01 * (2 * group.size - 1) * everyone.abs().sum(0)
+    if rounded.dtype != torch.bfloat16 or not ((rounded[0].double() - everyone.sum(0)).abs() <= bound).all():
+        raise AssertionError("a sum in bf16 is off by more than its roundings")
+    summed = add_up(group.all_reduce_parts(parts.clone(), in_order=True))
+    for row in (0, 7, 517, 1030):
+        alone = add_up(group.all_reduce_parts(parts[:, row : row + 1].clone(), in_order=True))
+        if not torch.equal(alone[0], summed[row]):
+            raise AssertionError(f"row {row} depends on the others")
+    for name, mine in (("rounded", rounded[0]), ("in order", summed)):
+        if not torch.equal(group.all_gather(mine[None], 0), mine.expand(group.size, *mine.shape)):
+            raise AssertionError(f"ranks differ in a sum {name}")
+
+
 def check_sum(group: Group, parts: torch.Tensor, summed: torch.Tensor) -> None:
     """Raise unless `summed` is the sum of the parts of all ranks, here and there."""
     if not torch.equal(group.all_gather(summed, 0), summed.expand(group.size, *summed.shape[1:])):
@@ -87,6 +109,8 @@ def obey(group: Group) -> None:
         match message["do"]:
             case "collectives":
                 check_collectives(group)
+            case "large sums":
+                check_large_sums(group)
             case "sums":
                 check_sums(group)
             case "raise" if message["rank"] == group.rank:
