@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any, cast
 
 import torch
 
+from qinfer.engine.follow import follow
 from qinfer.kernels.parts import add_up
+from qinfer.models.model import Model
 from qinfer.parallel.comm import Group
 
 
@@ -103,16 +106,40 @@ def check_sum(group: Group, parts: torch.Tensor, summed: torch.Tensor) -> None:
         raise AssertionError(f"relative error {error} in a sum of {list(parts.shape)}")
 
 
+# The end of a model that was given a group ends the group.
+_kept: list[Model] = []
+
+
+def keep(model: Model) -> Model:
+    """Let a model live as long as the process, so that another one can follow in its group."""
+    _kept.append(model)
+    return model
+
+
+class UntilDone:
+    """A group whose messages end where a test is done with its model."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    @property
+    def is_closed(self) -> bool:
+        return self._group.is_closed
+
+    def receive(self) -> dict[str, Any] | None:
+        message = self._group.receive()
+        return None if message == {"do": "done"} else message
+
+
 def obey(group: Group) -> None:
     """Do what messages say until rank 0 closes the group."""
     while (message := group.receive()) is not None:
         match message["do"]:
-            case "collectives":
-                check_collectives(group)
-            case "large sums":
-                check_large_sums(group)
-            case "sums":
-                check_sums(group)
+            case "check_collectives" | "check_sums" | "check_large_sums" as check:
+                globals()[check](group)
+            case "follow":
+                model = Model.load(message["path"], parallel=group, **message["options"])
+                follow(keep(model), cast("Group", UntilDone(group)))
             case "raise" if message["rank"] == group.rank:
                 raise ValueError(message["text"])
             case "die" if message["rank"] == group.rank:

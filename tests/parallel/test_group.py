@@ -45,9 +45,9 @@ def fails(text: str, *, within: float) -> Iterator[None]:
 def test_collectives_and_an_error_on_a_rank() -> None:
     group = lead(OBEY, {}, ["cpu"] * 3)
     try:
-        group.tell({"do": "collectives"})
+        group.tell({"do": "check_collectives"})
         check_collectives(group)
-        group.tell({"do": "large sums"})
+        group.tell({"do": "check_large_sums"})
         check_large_sums(group)
         with pytest.raises(ValueError, match="sizes must be of 3 ranks and 1 for rank 0"):
             group.all_gather(torch.zeros(1), 0, [2, 1, 1])
