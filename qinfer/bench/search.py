@@ -18,6 +18,7 @@ from qinfer.kernels.tiles import Product, Tile
 Clock = Callable[[Mapping[Product, Tile]], float]
 
 MIN_GAIN = 0.002  # of the step: less is noise, whatever the samples say
+MAX_PARTS = 32  # the readers of a product are compiled for each number of them
 CONFIRMATIONS = 5  # pairs of runs, old and new in turns
 
 
@@ -44,10 +45,15 @@ def candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
 
 
 def _splits(block_m: int, block_n: int, m: int, n: int, k: int, sms: int) -> list[int]:
-    """Return into how many parts K may be cut: two steps to each, and no more programs than keep a GPU busy."""
+    """Return into how many parts K may be cut: two steps to each, and no more programs than keep a GPU busy.
+
+    Among them are those that give every multiprocessor up to four programs, and as few as possible of them a place
+    that stays empty.
+    """
     programs = ceil(n / block_n) * ceil(m / block_m)
-    most = min(ceil(k / 128) // 2, 16 * sms // programs)
-    return [split_k for split_k in (1, 2, 3, 4, 6, 8, 12, 16) if split_k == 1 or split_k <= most]
+    most = min(ceil(k / 128) // 2, 16 * sms // programs, MAX_PARTS)
+    even = {places * sms // programs for places in (1, 2, 3, 4)}
+    return [split_k for split_k in sorted({2, 3, 4, 6, 8, 12, 16} | even | {1}) if split_k == 1 or 1 < split_k <= most]
 
 
 def search(

@@ -1,8 +1,8 @@
 """`python -m qinfer.bench tune`: find tiles of the plane matmul inside the decode step, and write this GPU's table.
 
-The step is that of a few layers of a preset with its head, recorded as a CUDA graph. A tile counts if its product is
-right by itself and the step is faster with it by more than the noise. The table is reviewed as a diff: rows that nobody
-can explain are not merged.
+The step is that of a few layers of a preset with its head, or of a rank's share of them, recorded as a CUDA graph. A
+tile counts if its product is right by itself and the step is faster with it by more than the noise. The table is
+reviewed as a diff: rows that nobody can explain are not merged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,10 +24,11 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from qinfer.bench.echo import synthetic_share
 from qinfer.bench.measure import environment, time_graph
 from qinfer.bench.recipes import PACKED
 from qinfer.bench.search import Change, candidates, search
-from qinfer.bench.synthetic import PRESETS, synthetic_model
+from qinfer.bench.synthetic import PRESETS
 from qinfer.cache.paged import PagedKVCache
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import arch, default_device, num_sms
@@ -54,6 +56,8 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64], help=f"batch sizes; {MAX_ROWS} at most"
     )
+    told = "tune the share of one of so many equal GPUs, on one; default: 1"
+    parser.add_argument("--ranks", type=int, default=1, help=told)
     parser.add_argument("--layers", type=int, default=4, help="of the step that is timed; default: 4")
     parser.add_argument("--context", type=int, default=512, help="tokens of every sequence; default: 512")
     parser.add_argument("--seconds", type=float, default=120, help="for each preset and batch size; default: 120")
@@ -63,8 +67,8 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tune every preset at every batch size, and write after each."""
-    if not all(1 <= m <= MAX_ROWS for m in options.rows) or options.layers < 1:
-        raise ValueError(f"--rows must be from 1 to {MAX_ROWS} and --layers at least 1")
+    if not all(1 <= m <= MAX_ROWS for m in options.rows) or options.layers < 1 or options.ranks < 1:
+        raise ValueError(f"--rows must be from 1 to {MAX_ROWS}, --layers and --ranks at least 1")
     if not options.weights.startswith("int"):
         raise UnsupportedError(f"tables have rows for one width: --weights {options.weights} mixes several")
     device = default_device()
@@ -73,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     path = Path(options.out) if options.out else TABLES / f"{arch(device)}.json"
     setting = environment(device)
     for preset in options.preset or ["llama-3.1-8b"]:
-        model = synthetic_model(preset, options.weights, device, num_layers=options.layers)
+        model = synthetic_share(preset, options.weights, device, num_layers=options.layers, ranks=options.ranks)
         for m in dict.fromkeys(bucket(m) for m in options.rows):
             step = Step(model, m, options.context)
             stop = time.monotonic() + options.seconds
@@ -81,8 +85,8 @@ def run(options: argparse.Namespace) -> int:
             for key, change in found.items():
                 gain = change.before / change.after
                 print(f"{preset} bits={key.bits} M={m} N={key.n} K={key.k}: step × {gain:.3f} with {change.tile}")
-            about = {"preset": preset, "layers": options.layers, "context": options.context}
-            write(path, [_row(key, change, {**about, **setting}) for key, change in found.items()])
+            about = {name: getattr(options, name) for name in ("ranks", "layers", "context")}
+            write(path, [_row(key, change, {"preset": preset, **about, **setting}) for key, change in found.items()])
     return 0
 
 
@@ -109,21 +113,22 @@ class Step:
         )
 
     @property
-    def _operands(self) -> dict[Product, PlaneOperand]:
-        """One operand of every shape."""
+    def _found(self) -> list[tuple[Product, PlaneOperand]]:
+        """Every packed matrix, under the name that tables have for its shape."""
         planes = [linear.operand for linear in self.model.decoder.linears()]
-        return {
-            Product(
-                operand.bits, operand.group_size, bucket(self.m), operand.out_features, operand.in_features
-            ): operand
-            for operand in planes
-            if isinstance(operand, PlaneOperand)
-        }
+        return [
+            (Product(plane.bits, plane.group_size, bucket(self.m), plane.out_features, plane.in_features), plane)
+            for plane in planes
+            if isinstance(plane, PlaneOperand)
+        ]
 
     @property
     def keys(self) -> list[Product]:
-        """The matrices of the step, the largest first."""
-        return sorted(self._operands, key=lambda key: -key.n * key.k)
+        """The matrices of the step, those of all layers together the largest first; the head counts once."""
+        bytes_of: Counter[Product] = Counter()
+        for key, operand in self._found:
+            bytes_of[key] += operand.nbytes
+        return sorted(bytes_of, key=lambda key: (-bytes_of[key], -key.n * key.k))
 
     def choices(self, key: Product) -> list[Tile]:
         """Return the tiles to try for a matrix."""
@@ -149,7 +154,7 @@ class Step:
     def _is_right(self, key: Product, tile: Tile) -> bool:
         """Compare the product of one tile with the reference, once."""
         if (key, tile) not in self._right:
-            operand = self._operands[key]
+            operand = dict(self._found)[key]
             x = torch.randn(self.m, operand.in_features, dtype=self.model.dtype, device=self.model.device)
             expected = matmul.reference(x, operand, out_dtype=torch.float32)
             product = partial(matmul.launch, x, operand, out_dtype=torch.float32, tile=tile)

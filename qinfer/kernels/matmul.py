@@ -187,6 +187,12 @@ def _check_matmul(
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Multiply by a dense matrix; torch keeps the fp32 accumulator when out is fp32 and x is not."""
+    if out.dtype not in (x.dtype, torch.float32):
+        # No library multiplies fp16 to bf16: the fp32 sums are rounded by themselves.
+        wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        _dense(x, weight, bias, wide)
+        out.copy_(wide)
+        return
     if x.dtype != out.dtype and x.is_cuda:
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
     elif x.dtype == out.dtype:

@@ -3,7 +3,7 @@
 The residual stream is fp32 whatever the dtype of the activations. A layer does not add its result to the residual; it
 hands it on as a delta, which the next norm adds while it reads the row anyway.
 
-    residual [T, C] fp32 · delta [S, T, C] fp32, a product in parts over K (`matmul_parts`)
+    residual [T, C] fp32 · delta [S, T, C] fp32, a product in parts over K (`matmul_parts`), or bf16 (`sum_dtype`)
     normalized rows and everything between two norms in the decoder's dtype
 """
 
@@ -29,6 +29,7 @@ from qinfer.models.layers import Attention, Embedding, GatedMLP, HeadNorm, Linea
 from qinfer.models.parameters import CheckpointParameters, Parameters
 from qinfer.models.shards import Cutter, Idle, SomeRows
 from qinfer.parallel.comm import Communicator
+from qinfer.parallel.peers import ONE_SHOT_BYTES
 from qinfer.parallel.plan import Plan, scaled_spans
 
 
@@ -41,23 +42,26 @@ class Block:
     mlp_norm: RMSNorm
     mlp: GatedMLP | SparseMLP | Idle
     comm: Communicator
+    invariant: bool = False  # a row's result does not depend on the other rows
 
     def __call__(self, residual: Tensor, delta: Tensor | None, batch: Batch, cache: PagedKVCache) -> Tensor:
         """Run the block.
 
         Args:
             residual: [T, C] fp32, updated in place.
-            delta: [S, T, C] fp32, what the block before has yet to add, in parts; None in front of the first.
+            delta: [S, T, C], what the block before has yet to add, in parts; None in front of the first.
             batch: where the tokens stand.
             cache: pages of all layers.
 
         Returns:
-            [S, T, C] fp32, what this block has yet to add, in parts.
+            [S, T, C], what this block has yet to add, in parts.
         """
         x = self.attention_norm(residual, delta)
-        delta = self.comm.all_reduce_parts(self.attention(x, batch, cache))
+        dtype = torch.float32 if self.invariant else sum_dtype(x, self.comm.size)
+        mixed = self.attention(x, batch, cache, out_dtype=dtype)
+        delta = self.comm.all_reduce_parts(mixed, in_order=self.invariant)
         x = self.mlp_norm(residual, delta)
-        return self.comm.all_reduce_parts(self.mlp(x, batch))
+        return self.comm.all_reduce_parts(self.mlp(x, batch, out_dtype=dtype), in_order=self.invariant)
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,17 @@ class Decoder:
             return sum(self.vocab_sizes)
         assert self.head is not None
         return self.head.operand.out_features
+
+
+def sum_dtype(x: Tensor, num_ranks: int) -> torch.dtype:
+    """Return the dtype in which ranks exchange what a layer adds to the residual, for its normalized input x [T, C].
+
+    Sums that mailboxes could take are short and stay fp32. Between activations of 16 bits, larger ones are rounded to
+    bf16, which halves the time that they travel. Not to fp16, even for fp16 activations: what enters the residual
+    exceeds 65504 in some models, and a sum over ranks of numbers that do not may.
+    """
+    is_small = num_ranks == 1 or 4 * x.numel() <= ONE_SHOT_BYTES
+    return torch.float32 if is_small or x.dtype == torch.float32 else torch.bfloat16
 
 
 def root(config: ModelConfig) -> str:

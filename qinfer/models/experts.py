@@ -134,16 +134,16 @@ class ExpertOutput:
     in_sizes: tuple[int, ...] | None  # inputs per rank where all of them are gathered first; None: they are not
     comm: Communicator
 
-    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
-        """Return [1, T, C] fp32 for x [P, F of this rank], zero in the columns of other ranks."""
+    def __call__(self, x: Tensor, routing: Routing, *, out_dtype: torch.dtype) -> Tensor:
+        """Return [1, T, C] of `out_dtype` for x [P, F of this rank], zero in the columns of other ranks."""
         x = x if self.in_sizes is None else self.comm.all_gather(x, 1, self.in_sizes)
         shape = (1, routing.weights.shape[0], self.out_features)
         if self.linear is None:
-            return x.new_zeros(shape, dtype=torch.float32)
+            return x.new_zeros(shape, dtype=out_dtype)
         y = combine(self.linear(x, routing, out_dtype=torch.float32), routing.weights)
         if self.columns == (0, self.out_features):
-            return y[None]
-        whole = x.new_zeros(shape, dtype=torch.float32)
+            return y[None].to(out_dtype)
+        whole = x.new_zeros(shape, dtype=out_dtype)
         whole[0, :, slice(*self.columns)] = y
         return whole
 
@@ -157,14 +157,14 @@ class SparseMLP:
     gate_up: ExpertLinear | None  # None on a rank that has none of the columns
     down: ExpertOutput
 
-    def __call__(self, x: Tensor, *_: object) -> Tensor:
-        """Return [1, T, C] fp32 for x [T, C]; the sum over the ranks is the result."""
+    def __call__(self, x: Tensor, *_: object, out_dtype: torch.dtype) -> Tensor:
+        """Return [1, T, C] of `out_dtype` for x [T, C]; the sum over the ranks is the result."""
         routing = self._route(x)
         if self.gate_up is None:
             hidden = x.new_empty(routing.num_pairs, 0)
         else:
             hidden = silu_mul(self.gate_up(x, routing), out_dtype=x.dtype)
-        return self.down(hidden, routing)
+        return self.down(hidden, routing, out_dtype=out_dtype)
 
     def _route(self, x: Tensor) -> Routing:
         """Choose the experts of every token, without waiting for the device."""

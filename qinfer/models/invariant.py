@@ -1,10 +1,11 @@
 """Invariance: a text's logits depend on that text alone, to the last bit, whoever else is in the batch.
 
 Every layer computes rows one by one but two: matrix products, which choose their tiles by the number of rows, and
-attention, which chooses its tiles and runs by the shape of the step. Both have a fixed choice for this. With pages that
-hold plain numbers, a prompt in chunks gives the bits of a prompt in one piece, and a decoded token those of the same
-token in a prompt. Coded pages give the same bits in any batch; in chunks they may differ by a rounding, for a block of
-queries scales its sums by the largest value scale that any of them sees.
+attention, which chooses its tiles and runs by the shape of the step. Both have a fixed choice for this, and so has the
+sum over ranks, whose order and dtype depend on its size otherwise. With pages that hold plain numbers, a prompt in
+chunks gives the bits of a prompt in one piece, and a decoded token those of the same token in a prompt. Coded pages
+give the same bits in any batch; in chunks they may differ by a rounding, for a block of queries scales its sums by the
+largest value scale that any of them sees.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from qinfer.env import settings
 from qinfer.errors import UnsupportedError
 from qinfer.models.config import ModelConfig
-from qinfer.models.layers import Attention, Linear
 
 T = TypeVar("T")
 
@@ -33,8 +33,6 @@ def make_invariant(layer: T) -> T:
 
 def _rebuilt(value: Any) -> Any:  # noqa: ANN401 - whatever a layer has as a field
     """Rebuild layers from the inside; leave everything else as it is."""
-    if isinstance(value, Linear):
-        return dataclasses.replace(value, invariant=True)
     if type(value) is tuple:
         return tuple(_rebuilt(part) for part in value)
     # Layers live here; what they hold of other packages, operands and ranks, has no layers in it.
@@ -42,7 +40,7 @@ def _rebuilt(value: Any) -> Any:  # noqa: ANN401 - whatever a layer has as a fie
         return value
     old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     new = {name: _rebuilt(part) for name, part in old.items()}
-    if isinstance(value, Attention):
+    if "invariant" in old:
         new["invariant"] = True
     changed = {name: part for name, part in new.items() if part is not old[name]}
     rebuild: Any = type(value)

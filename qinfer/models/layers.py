@@ -184,7 +184,7 @@ class RMSNorm:
 
         Args:
             residual: [T, C] fp32; changed in place where there is a delta.
-            delta: [S, T, C] fp32, parts of what is pending, or None where nothing is.
+            delta: [S, T, C] fp32 or bf16, parts of what is pending, or None where nothing is.
 
         Returns:
             [T, C] in `dtype` and `order`.
@@ -242,13 +242,14 @@ class Attention:
     out_lora: LoraStack | None = None
     invariant: bool = False  # a row's result does not depend on the other rows
 
-    def __call__(self, x: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, cache: PagedKVCache, *, out_dtype: torch.dtype) -> Tensor:
         """Write keys and values of the new tokens, then attend.
 
         Args:
             x: [T, C] in the order of `qkv`.
             batch: where the tokens stand.
             cache: pages of all layers; those of this one are written.
+            out_dtype: dtype of the result.
 
         Returns:
             [S, T, C], whose sum over S is the result.
@@ -282,7 +283,7 @@ class Attention:
             order=self.out.order,
             invariant=self.invariant,
         )
-        parts = self.out.in_parts(mixed, out_dtype=torch.float32)
+        parts = self.out.in_parts(mixed, out_dtype=out_dtype)
         if self.out_lora is not None:
             self.out_lora.add(mixed, batch, parts[0])
         return parts
@@ -307,13 +308,13 @@ class GatedMLP:
     gate_up_lora: LoraStack | None = None
     down_lora: LoraStack | None = None
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """Return [S, T, C] fp32 for x [T, C] in the order of `gate_up`; the sum over S is the result."""
+    def __call__(self, x: Tensor, batch: Batch, *, out_dtype: torch.dtype) -> Tensor:
+        """Return [S, T, C] of `out_dtype` for x [T, C] in the order of `gate_up`; the sum over S is the result."""
         gate_up = self.gate_up.in_parts(x)
         if self.gate_up_lora is not None:
             self.gate_up_lora.add(x, batch, gate_up[0])
         hidden = silu_mul(gate_up, order=self.down.order, out_dtype=x.dtype)
-        parts = self.down.in_parts(hidden, out_dtype=torch.float32)
+        parts = self.down.in_parts(hidden, out_dtype=out_dtype)
         if self.down_lora is not None:
             self.down_lora.add(hidden, batch, parts[0])
         return parts

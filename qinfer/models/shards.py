@@ -37,8 +37,10 @@ class SomeInputs:
         return self.linear.order
 
     def in_parts(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Return [S, T, N] for this rank's x [T, K]."""
-        return self.linear.in_parts(x, out_dtype=out_dtype)
+        """Return [S, T, N] of `out_dtype` for this rank's x [T, K]; one part unless that is fp32."""
+        if out_dtype == torch.float32:
+            return self.linear.in_parts(x, out_dtype=out_dtype)
+        return self.linear(x, out_dtype=out_dtype)[None]
 
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices."""
@@ -102,9 +104,9 @@ class Idle:
 
     out: Output
 
-    def __call__(self, x: Tensor, *_: object) -> Tensor:
-        """Return [1, T, C] fp32 for x [T, C], without looking at it."""
-        return self.out.in_parts(x.new_empty(x.shape[0], 0), out_dtype=torch.float32)
+    def __call__(self, x: Tensor, *_: object, out_dtype: torch.dtype) -> Tensor:
+        """Return [1, T, C] of `out_dtype` for x [T, C], without looking at it."""
+        return self.out.in_parts(x.new_empty(x.shape[0], 0), out_dtype=out_dtype)
 
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices."""

@@ -53,10 +53,11 @@ class Communicator(Protocol):
         """Return the sum of every rank's x; x itself may be overwritten with it."""
         ...
 
-    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+    def all_reduce_parts(self, parts: Tensor, *, in_order: bool = False) -> Tensor:
         """Return parts [S, T, C] whose sum over S is that of all parts of every rank; S may differ between ranks.
 
-        What was given may be overwritten.
+        With `in_order`, ranks are added in their order, so that a row's bits do not depend on its place. What was given
+        may be overwritten.
         """
         ...
 
@@ -106,17 +107,12 @@ class Alone:
         """Return x, the sum over one rank."""
         return x
 
-    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+    def all_reduce_parts(self, parts: Tensor, *, in_order: bool = False) -> Tensor:
         """Return the parts, for whoever reads them to add."""
         return parts
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """Return x, the only part.
-
-        Args:
-            x: [...] tensor.
-            dim: dimension of x along which parts would be joined.
-            sizes: that dimension of every rank.
 
         Raises:
             IndexError: x has no such dimension.
@@ -227,19 +223,22 @@ class Group:
             dist.all_reduce(x)
         return x
 
-    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+    def all_reduce_parts(self, parts: Tensor, *, in_order: bool = False) -> Tensor:
         """Add up the parts of all ranks.
 
         Args:
-            parts: [S, T, C] fp32; S may differ between ranks; may be overwritten.
+            parts: [S, T, C] fp32, where S may differ between ranks, or [1, T, C] fp16 or bf16, which travels and is
+                added as such; may be overwritten.
+            in_order: add the ranks in their order. NCCL and gloo begin with another rank in every part of a tensor.
 
         Returns:
-            [1, T, C], the same bits on all ranks.
+            [1, T, C], or a part of every rank, the same bits on all ranks.
         """
-        if self._mail is not None and self._mail.fits(*parts.shape[1:]):
+        if parts.dtype == torch.float32 and self._mail is not None and self._mail.fits(*parts.shape[1:]):
             self._link.check()
             return all_reduce(parts, self._mail)
-        return self.all_reduce(parts if parts.shape[0] == 1 else parts.sum(0, keepdim=True))
+        mine = parts if parts.shape[0] == 1 else parts.sum(0, keepdim=True)
+        return self.all_gather(mine, 0) if in_order else self.all_reduce(mine)
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """Join every rank's x along `dim`.

@@ -14,6 +14,7 @@ import torch
 
 from qinfer.bench import synthetic, tune
 from qinfer.bench.__main__ import main as bench
+from qinfer.bench.echo import synthetic_share
 from qinfer.bench.measure import Times
 from qinfer.bench.search import Change, candidates, search
 from qinfer.bench.synthetic import synthetic_model
@@ -92,6 +93,26 @@ def test_candidates_fit_the_matrix() -> None:
     assert all(2 * 32 * tile.split_k <= 16 * 132 for tile in wide)
 
 
+def test_candidates_fill_whole_rounds_of_the_gpu() -> None:
+    """20 programs of 128 columns: 26 parts are 520 programs for 528 places."""
+    splits = {tile.split_k for tile in candidates(1, 2560, 8192, 132) if tile.block_n == 128}
+    assert {6, 13, 19, 26} <= splits
+    assert max(splits) <= 32
+
+
+def test_the_share_of_a_rank_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of everything, and a head for a quarter of the vocabulary whose logits are joined."""
+    config = replace(synthetic._llama(2048, 256, 3, (8, 4, 64), 2048), max_positions=256)
+    monkeypatch.setitem(synthetic.PRESETS, "tiny", config)
+    step = tune.Step(synthetic_share("tiny", "int4-g128", torch.device("cpu"), num_layers=2, ranks=4), 1, 8)
+    qkv, out, gate_up, down, head = (256, 256), (256, 128), (1024, 256), (256, 512), (512, 256)
+    assert [(key.n, key.k) for key in step.keys] == [gate_up, down, head, qkv, out]
+    assert step.model.comm.size == 4
+    assert step.run().shape == (1, 2048)
+    whole = synthetic_share("tiny", "int4-g128", torch.device("cpu"), num_layers=2, ranks=1)
+    assert whole.plan is None
+
+
 def test_a_trial_is_in_front_of_the_table_and_leaves_no_trace() -> None:
     arguments = ("sm_none", 132, 3, 512, 256, (4,), 128, False)
     rule = lookup(*arguments)
@@ -147,6 +168,7 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
     ("options", "problem"),
     [
         (["--rows", "513"], "--rows must be from 1 to 512"),
+        (["--ranks", "0"], "--ranks at least 1"),
         (["--weights", "exl2-4.0"], "--weights exl2-4.0 mixes several"),
     ],
 )

@@ -295,6 +295,24 @@ def test_dense_matches_reference(device: torch.device, dtype: torch.dtype, out_d
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("m", [1, MANY_ROWS])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_fp16_rows_give_bf16_by_one_rounding(device: torch.device, m: int, is_packed: bool) -> None:
+    """Numbers of more bits than bf16 has add up to what is too large for fp16; sums of four are exact in fp32."""
+    plain = torch.eye(64).repeat(1, 4)
+    operand = plane_operand(256, 64, device=device) if is_packed else DenseOperand(plain.half().to(device))
+    x = (torch.randint(1024, 2048, (m, 256)) * 32 - 32).half().to(device)
+    actual = matmul.launch(x, operand, out_dtype=torch.bfloat16)
+    exact = matmul.reference(x, operand, out_dtype=torch.float32)
+    assert float(exact.abs().max()) > 65504
+    if is_packed:
+        assert_close(actual, exact)
+    else:
+        assert torch.equal(actual, exact.bfloat16())
+        assert not torch.equal(actual, matmul.reference(x.bfloat16(), operand))
+
+
+@pytest.mark.kernel
 def test_results_beyond_fp16_are_kept_in_fp32(device: torch.device) -> None:
     operand = plane_operand(256, 16, device=device)
     for m in (1, MANY_ROWS):

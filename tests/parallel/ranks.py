@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any, cast
 
 import torch
 
+from qinfer.engine.follow import follow
+from qinfer.kernels.parts import add_up
+from qinfer.models.model import Model
 from qinfer.parallel.comm import Group
 
 
@@ -71,6 +75,27 @@ def check_sums(group: Group) -> None:
             check_sum(group, parts, summed)
 
 
+def check_large_sums(group: Group) -> None:
+    """Sums that no mailbox takes: rounded to bf16 within the bound, and in order, where a row is what it is alone."""
+    random = torch.Generator(group.device).manual_seed(group.rank)
+    # More than 512 KB, and a number of rows that ranks cannot share evenly.
+    parts = torch.empty(1, 1031, 256, device=group.device).normal_(generator=random)
+    everyone = group.all_gather(parts.double(), 0)
+    rounded = group.all_reduce_parts(parts.bfloat16())
+    # Every rank rounds once, and so does every addition, at most half a unit of 8 bits: 2^-9 of some partial sum.
+    bound = 2.0**-9 * 1.01 * (2 * group.size - 1) * everyone.abs().sum(0)
+    if rounded.dtype != torch.bfloat16 or not ((rounded[0].double() - everyone.sum(0)).abs() <= bound).all():
+        raise AssertionError("a sum in bf16 is off by more than its roundings")
+    summed = add_up(group.all_reduce_parts(parts.clone(), in_order=True))
+    for row in (0, 7, 517, 1030):
+        alone = add_up(group.all_reduce_parts(parts[:, row : row + 1].clone(), in_order=True))
+        if not torch.equal(alone[0], summed[row]):
+            raise AssertionError(f"row {row} depends on the others")
+    for name, mine in (("rounded", rounded[0]), ("in order", summed)):
+        if not torch.equal(group.all_gather(mine[None], 0), mine.expand(group.size, *mine.shape)):
+            raise AssertionError(f"ranks differ in a sum {name}")
+
+
 def check_sum(group: Group, parts: torch.Tensor, summed: torch.Tensor) -> None:
     """Raise unless `summed` is the sum of the parts of all ranks, here and there."""
     if not torch.equal(group.all_gather(summed, 0), summed.expand(group.size, *summed.shape[1:])):
@@ -81,14 +106,40 @@ def check_sum(group: Group, parts: torch.Tensor, summed: torch.Tensor) -> None:
         raise AssertionError(f"relative error {error} in a sum of {list(parts.shape)}")
 
 
+# The end of a model that was given a group ends the group.
+_kept: list[Model] = []
+
+
+def keep(model: Model) -> Model:
+    """Let a model live as long as the process, so that another one can follow in its group."""
+    _kept.append(model)
+    return model
+
+
+class UntilDone:
+    """A group whose messages end where a test is done with its model."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    @property
+    def is_closed(self) -> bool:
+        return self._group.is_closed
+
+    def receive(self) -> dict[str, Any] | None:
+        message = self._group.receive()
+        return None if message == {"do": "done"} else message
+
+
 def obey(group: Group) -> None:
     """Do what messages say until rank 0 closes the group."""
     while (message := group.receive()) is not None:
         match message["do"]:
-            case "collectives":
-                check_collectives(group)
-            case "sums":
-                check_sums(group)
+            case "check_collectives" | "check_sums" | "check_large_sums" as check:
+                globals()[check](group)
+            case "follow":
+                model = Model.load(message["path"], parallel=group, **message["options"])
+                follow(keep(model), cast("Group", UntilDone(group)))
             case "raise" if message["rank"] == group.rank:
                 raise ValueError(message["text"])
             case "die" if message["rank"] == group.rank:

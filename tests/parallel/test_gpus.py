@@ -1,17 +1,24 @@
-"""Ranks on GPUs of their own: sums through mailboxes and NCCL, whole models, and a rank that is gone."""
+"""Ranks on GPUs of their own: sums through mailboxes and NCCL, whole models, and a rank that is gone.
+
+A group takes seconds to start, so all checks of a number of ranks share one, and load their models into it.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qinfer.assets import STORYTELLER
 from qinfer.engine.generator import Generator
+from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.errors import GroupError
 from qinfer.models.model import Model
@@ -21,41 +28,108 @@ from qinfer.parallel.peers import ONE_SHOT_BYTES
 from qinfer.parallel.spawn import Children, lead
 from tests.compare import assert_close
 from tests.models import tiny
-from tests.parallel.ranks import check_collectives, check_sums
+from tests.parallel.ranks import check_collectives, check_large_sums, check_sums, keep
 from tests.parallel.test_group import OBEY, catch_children, fails
 from tests.parallel.test_shards import write
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")]
+IDS = tiny.prompt(200)
+PROMPTS = ["Once upon a time", "The fox", "One day a little bear", "A girl named"]
+PARAMS = (SamplingParams(temperature=0, max_new_tokens=60), SamplingParams(seed=3, max_new_tokens=40))
 
 
-def devices(size: int) -> list[str]:
-    if size > NUM_GPUS:
-        pytest.skip(f"needs {size} GPUs")
-    return [f"cuda:{index}" for index in range(size)]
+class Ranks:
+    """A group that one test after the other uses."""
 
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._group: Group | None = None
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_collectives(size: int) -> None:
-    """Twice, because the second group of a process must not meet what the first one left."""
-    for _ in range(2):
-        group = lead(OBEY, {}, devices(size))
+    @contextmanager
+    def group(self) -> Iterator[Group]:
+        """The group, started when there is none; a test that fails ends it, for its ranks may have lost step."""
+        if self._group is None:
+            self._group = lead(OBEY, {}, [f"cuda:{index}" for index in range(self.size)])
         try:
-            assert group._mail is not None, "these GPUs cannot reach each other"
-            assert group._mail.fits(1, ONE_SHOT_BYTES // 4)
-            group.tell({"do": "collectives"})
-            check_collectives(group)
-            group.tell({"do": "sums"})
-            check_sums(group)
-        finally:
-            group.close()
+            yield self._group
+        except BaseException:
+            self._group.fail("a test failed")
+            self.close()
+            raise
+
+    @contextmanager
+    def model(self, folder: Path, gpus: list[float]) -> Iterator[Model]:
+        """A model that the ranks share."""
+        options = {"gpus": gpus, "cache_tokens": 2000}
+        with self.group() as group:
+            group.tell({"do": "follow", "path": str(folder), "options": options})
+            model = keep(Model.load(folder, parallel=group, **options))
+            yield model
+            group.tell({"do": "done"})
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Groups follow each other, so those behind the first also show that it has left nothing behind."""
+    if request.param > NUM_GPUS:
+        pytest.skip(f"needs {request.param} GPUs")
+    ranks = Ranks(request.param)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("check", [check_collectives, check_sums, check_large_sums])
+def test_collectives(ranks: Ranks, check: Callable[[Group], None]) -> None:
+    with ranks.group() as group:
+        assert group._mail is not None, "these GPUs cannot reach each other"
+        assert group._mail.fits(1, ONE_SHOT_BYTES // 4)
+        group.tell({"do": check.__name__})
+        check(group)
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[Tensor, list[list[Completion]]]:
+    """Logits and texts of one GPU."""
+    whole = Model.load(STORYTELLER)
+    return whole.logits(IDS), texts(whole)
+
+
+def texts(model: Model) -> list[list[Completion]]:
+    generator = Generator(model, max_tokens=4096, max_batch=4)
+    return [generator.generate(PROMPTS, params) for params in PARAMS]
+
+
+@pytest.mark.parametrize("gpus", [[1.0] * 4, [0.03, 0.02, 0.03, 0.02]], ids=["equal", "unequal"])
+def test_text_is_that_of_one_gpu(
+    ranks: Ranks, gpus: list[float], expected: tuple[Tensor, list[list[Completion]]]
+) -> None:
+    with ranks.model(STORYTELLER, gpus[: ranks.size]) as model:
+        # A few dozen roundings to 16 bits stand between the ids and the logits.
+        assert_close(model.logits(IDS), expected[0], torch.bfloat16)
+        assert texts(model) == expected[1]
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize("kind", ["gptq act-order", "exl2", "awq", "compressed-tensors"])
+def test_every_way_of_cutting(tmp_path: Path, ranks: Ranks, kind: str) -> None:
+    folder = write(tmp_path, kind)
+    ids = tiny.prompt(40)
+    with ranks.model(folder, [0.02, 0.01]) as model:
+        assert_close(model.logits(ids), Model.load(folder).logits(ids), torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["reduce", "reduce parts"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_gpu_that_waits_for_a_rank_that_is_gone_is_freed(kind: str, number: signal.Signals) -> None:
     processes: list[Children] = []
-    group = lead(OBEY, {}, devices(2), limits=Limits(silence=2.0), started=processes.append)
+    limits = Limits(silence=2.0)
+    group = lead(OBEY, {}, ["cuda:0", "cuda:1"], limits=limits, started=processes.append)
     try:
         call(group, kind)
         torch.cuda.synchronize()
@@ -80,37 +154,9 @@ def call(group: Group, kind: str) -> None:
             group.all_reduce_parts(torch.zeros(1, 1, 8, device=group.device))
 
 
-@pytest.mark.parametrize("gpus", [[1.0, 1.0], [0.03, 0.02], [1.0] * 3, [1.0] * 4], ids=str)
-def test_text_is_that_of_one_gpu(gpus: list[float]) -> None:
-    devices(len(gpus))
-    whole = Model.load(STORYTELLER)
-    model = Model.load(STORYTELLER, gpus=gpus, cache_tokens=2000)
-    try:
-        ids = tiny.prompt(200)
-        # A few dozen roundings to 16 bits stand between the ids and the logits.
-        assert_close(model.logits(ids), whole.logits(ids), torch.bfloat16)
-        ours, theirs = (Generator(m, max_tokens=4096, max_batch=4) for m in (model, whole))
-        prompts = ["Once upon a time", "The fox", "One day a little bear", "A girl named"]
-        for params in (SamplingParams(temperature=0, max_new_tokens=60), SamplingParams(seed=3, max_new_tokens=40)):
-            assert ours.generate(prompts, params) == theirs.generate(prompts, params)
-    finally:
-        model.close()
-
-
-@pytest.mark.parametrize("kind", ["gptq act-order", "exl2", "awq", "compressed-tensors"])
-def test_every_way_of_cutting(tmp_path: Path, kind: str) -> None:
-    folder = write(tmp_path, kind)
-    whole, model = Model.load(folder), Model.load(folder, gpus=[0.02, 0.01], cache_tokens=100)
-    try:
-        ids = tiny.prompt(40)
-        assert_close(model.logits(ids), whole.logits(ids), torch.bfloat16)
-    finally:
-        model.close()
-
-
 def test_a_rank_is_killed_while_it_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that Model.load starts itself."""
     children = catch_children(monkeypatch)
-    devices(2)
     model = Model.load(STORYTELLER, gpus=[1.0, 1.0])
     generator = Generator(model, max_tokens=2048)
     stream = generator.stream("Once upon a time", SamplingParams(temperature=0, max_new_tokens=900, ignore_eos=True))

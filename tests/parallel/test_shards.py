@@ -22,6 +22,7 @@ from qinfer.errors import PlanError
 from qinfer.models.architectures import read_config
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.decoder import Decoder
+from qinfer.models.invariant import make_invariant
 from qinfer.models.model import Model
 from qinfer.models.placement import sizes_of
 from qinfer.models.shards import Idle, Nothing, SomeColumns, SomeInputs
@@ -97,10 +98,10 @@ def divide(folder: Path, *counts: tuple[int, int, int, int]) -> Plan:
     return Plan(sizes, tuple(shares))
 
 
-def load(folder: Path, plan: Plan | None, comm: Any) -> Model:
+def load(folder: Path, plan: Plan | None, comm: Any, dtype: torch.dtype = torch.float32) -> Model:
     checkpoint = Checkpoint(folder)
     config = read_config(checkpoint)
-    options = {"device": CPU, "dtype": torch.float32}
+    options = {"device": CPU, "dtype": dtype}
     decoder = Decoder.load(checkpoint, config, **options, comm=comm, plan=plan)
     return Model(config, decoder, **options, plan=plan)
 
@@ -131,6 +132,45 @@ def test_logits_are_those_of_one_rank(tmp_path: Path, kind: str, counts: tuple[t
         assert_close(logits, expected)
         assert torch.equal(logits.argmax(1), expected.argmax(1))
         assert torch.equal(logits, results[0])
+
+
+class Listening:
+    """A rank that notes of how many rows, in which dtype and how sums are asked for."""
+
+    def __init__(self, rank: ThreadRank) -> None:
+        self.inner = rank
+        self.heard: set[tuple[int, torch.dtype, bool]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def all_reduce_parts(self, parts: Tensor, *, in_order: bool = False) -> Tensor:
+        self.heard.add((parts.shape[1], parts.dtype, in_order))
+        return self.inner.all_reduce_parts(parts, in_order=in_order)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "exl2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_how_sums_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype) -> None:
+    """Steps of 11, 7 and single rows, of which the first are large; that of the embedding adds one number to zeros."""
+    monkeypatch.setattr("qinfer.models.decoder.ONE_SHOT_BYTES", 8 * 4 * SHAPE["hidden_size"])
+    folder = write(tmp_path, kind)
+    plan = divide(folder, *UNEQUAL)
+    plain = {(rows, torch.float32, False) for rows in (11, 7, 1)}
+    wanted = {
+        False: plain | {(11, torch.float32 if dtype == torch.float32 else torch.bfloat16, False)},
+        True: plain | {(rows, torch.float32, True) for rows in (11, 7, 1)},
+    }
+    for invariant, sums in wanted.items():
+
+        def listen(rank: ThreadRank, invariant: bool = invariant) -> set[tuple[int, torch.dtype, bool]]:
+            comm = Listening(rank)
+            model = load(folder, plan, comm, dtype)
+            model.decoder = make_invariant(model.decoder) if invariant else model.decoder
+            run(model)
+            return comm.heard
+
+        assert on_ranks(3, listen) == [sums] * 3
 
 
 def test_five_ranks_share_four_heads(tmp_path: Path) -> None:

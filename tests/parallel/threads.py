@@ -32,8 +32,9 @@ class ThreadRank:
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(0)
 
-    def all_reduce_parts(self, parts: Tensor) -> Tensor:
-        return self.all_reduce(parts.sum(0, keepdim=True))
+    def all_reduce_parts(self, parts: Tensor, *, in_order: bool = False) -> Tensor:
+        mine = parts.sum(0, keepdim=True)
+        return self.all_gather(mine, 0) if in_order else self.all_reduce(mine)
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         check_sizes(x, dim, sizes, rank=self.rank, size=self.size)
