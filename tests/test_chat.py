@@ -125,6 +125,17 @@ def test_goes_on_where_it_was_saved(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "talk.json"]
 
 
+def test_drafts_tell_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(folder, monkeypatch, ["hello", "again"]) == 0
+    plain = capsys.readouterr().out
+    assert talk(folder, monkeypatch, ["hello", "again"], "--stats", "--draft", str(folder)) == 0
+    captured = capsys.readouterr()
+    assert captured.out == plain
+    assert captured.err.count("drafted tokens accepted") == 2
+
+
 def test_a_conversation_that_is_too_long_says_so(
     folder: Path, model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

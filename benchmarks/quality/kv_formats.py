@@ -126,10 +126,10 @@ def main() -> None:
     print("\n".join(errors))
     if args.write:
         name = args.model.resolve().name
-        write_table(f"kv_formats {name}", lines[:-1])
-        write_table("codecs", errors)
         facts = {"bench": "quality_kv_formats", "model": name, "dtype": str(model.dtype), "lengths": measured}
         save(results_file(args.model, model.device, "quality_kv"), facts | environment(model.device))
+        write_table(f"kv_formats {name}", lines[:-1])
+        write_table("codecs", errors)
 
 
 if __name__ == "__main__":

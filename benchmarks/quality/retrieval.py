@@ -3,9 +3,10 @@
 python benchmarks/quality/retrieval.py [--model DIR] [--context 2048 8192] [--count 100] [--write] [FORMAT ...]
 
 A needle is a function with a unique name that returns a word, put at a random depth into held-out documents; behind
-them stands the same function again up to the word. A model that was trained on code (`train.py`) copies it. The bundled
-storyteller copies no line it has not been trained on, but it does remember who is in a story: for it, the documents end
-in a story that is cut off at a name which it has not mentioned for a while (`--task names`).
+them stands the same function again up to the word. A model that has seen such functions in training (`train.py`), with
+other names and words, copies it. The bundled storyteller copies no line it has not been trained on, but it does
+remember who is in a story: for it, the documents end in a story that is cut off at a name which it has not mentioned
+for a while (`--task names`).
 
 A needle is found when every token of the answer is the likeliest one, so that greedy decoding would write it.
 """
@@ -21,29 +22,13 @@ from typing import TypeAlias
 
 import torch
 from kv_formats import FORMATS
+from needles import BORDER, WORDS, answer, numbers, question
 from score import STORYTELLER, default_contexts, documents, log_probabilities, results_file, save, stream, write_table
 
 from qinfer.bench.measure import environment
 from qinfer.models.model import Model
 
 Task: TypeAlias = tuple[list[int], int]  # ids, of which so many at the end are the answer
-WORDS = [
-    "anchor",
-    "basket",
-    "candle",
-    "dragon",
-    "engine",
-    "falcon",
-    "garden",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orange",
-]
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+")  # not at the beginning of a sentence
 SINCE = 40  # tokens since a name was last mentioned
 
@@ -51,17 +36,16 @@ SINCE = 40  # tokens since a name was last mentioned
 def needles(model: Model, texts: Sequence[str], length: int, count: int) -> list[Task]:
     """Return contexts of `length` tokens that hold a function and ask for it at their end."""
     assert model.tokenizer is not None
-    hay, rng, tasks = stream(model, texts), random.Random(length), list[Task]()
+    hay, rng, tasks, tested = stream(model, texts), random.Random(length), list[Task](), numbers(tested=True)
     for _ in range(count):
-        head = f'def name_{rng.randrange(1000, 10000)}():\n    return "'
-        question, answer, rest = (
-            model.tokenizer.encode(text, add_special_tokens=False) for text in (head, f'{rng.choice(WORDS)}"', "\n\n\n")
-        )
-        room = length - 2 * len(question) - 2 * len(answer) - 2 * len(rest)
+        parts = (question(rng.choice(tested)), answer(rng.choice(WORDS)), BORDER)
+        asked, answered, border = (model.tokenizer.encode(part, add_special_tokens=False) for part in parts)
+        room = length - 2 * len(asked) - 2 * len(answered) - 3 * len(border)
         start = rng.randrange(len(hay) - room)
         depth = rng.randrange(room // 2)
         before, after = hay[start : start + depth], hay[start + depth : start + room]
-        tasks.append(([*before, *rest, *question, *answer, *rest, *after, *question, *answer], len(answer)))
+        needle = [*border, *asked, *answered]
+        tasks.append(([*before, *needle, *border, *after, *needle], len(answered)))
     return tasks
 
 
@@ -117,10 +101,10 @@ def main() -> None:
     print("\n".join(lines))
     if args.write:
         name = args.model.resolve().name
-        write_table(f"retrieval {name}", lines)
         facts = {"bench": "quality_retrieval", "model": name, "task": "names" if is_names else "needles"}
         result = {**facts, "formats": measured, **environment(model.device)}
         save(results_file(args.model, model.device, "quality_retrieval"), result)
+        write_table(f"retrieval {name}", lines)
 
 
 if __name__ == "__main__":

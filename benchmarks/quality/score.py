@@ -84,17 +84,21 @@ def results_file(model: Path, device: torch.device, what: str) -> Path:
 
 
 def write_table(name: str, lines: Sequence[str]) -> None:
-    """Put a table between its markers in docs/kv-cache.md.
+    """Put a table between its markers in docs/kv-cache.md; where there are none, they and the table go to its end.
 
     Raises:
-        ValueError: the page has no such markers.
+        ValueError: the page has one of the markers without the other.
     """
     page = ROOT / "docs" / "kv-cache.md"
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, found_begin, rest = page.read_text().partition(begin)
+    text = page.read_text()
+    if begin not in text and end not in text:
+        text += f"\n{begin}{end}\n"
+        print(f"{page} had no table of this name: {name} is at its end now, to be moved where it belongs")
+    before, found_begin, rest = text.partition(begin)
     _old, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        raise ValueError(f"{page} has no place for this table: write {begin} and {end} where it shall stand")
+        raise ValueError(f"{page} has {begin} without {end} behind it, or the reverse")
     page.write_text("\n".join([f"{before}{begin}", "", *lines, "", f"{end}{after}"]))
 
 

@@ -4,7 +4,8 @@
     python benchmarks/quality/train.py --out DIR --tiny
 
 Tokenizer and texts come first, then a loop of so many minutes in bf16 on one GPU; the learning rate and the length of
-rows follow the clock: 2,048 tokens, and 8,192 in the last third. DIR becomes an ordinary Hugging Face folder with
+rows follow the clock: 2,048 tokens, and 8,192 in the last third. About a fifth of the rows of every step hold the task
+of `retrieval.py`, functions that stand several times (`needles.py`). DIR becomes an ordinary Hugging Face folder with
 held_out.json beside the weights, which `kv_formats.py` and `retrieval.py` read. What interrupts it loses a minute: the
 same command goes on from DIR/state.pt. `--tiny` makes a model that knows nothing, in a minute of a CPU, to see that all
 of this works.
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from needles import Planter
 from source import END, files, ids_of, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -28,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 SAVE_EVERY_S = 60.0
 LONG_FROM = 2 / 3  # of the time
+PLANTED = 3 / 16  # of the rows of a step; of 8 long ones, 2
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,25 @@ def rate_at(progress: float) -> float:
     return min(progress / 0.03, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def rows_at(ids: Tensor, plan: Plan, progress: float, step: int, seed: int) -> Tensor:
-    """Return [rows, tokens + 1] of a step: places in the text that depend on the step alone."""
-    length = plan.long_row if progress > LONG_FROM else plan.row
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(ids) - length, (max(1, plan.step_tokens // length),), generator=generator)
-    return ids[(starts[:, None] + torch.arange(length + 1)).to(ids.device)].long()
+@dataclass(frozen=True)
+class Texts:
+    """What the rows of a step are cut from, and what is planted into some of them."""
+
+    ids: Tensor  # [n] of all texts, end to end
+    planter: Planter
+    seed: int
+
+    def rows(self, plan: Plan, progress: float, step: int) -> Tensor:
+        """Return [rows, tokens + 1] of a step: places and plants that depend on the step alone."""
+        length, seed = plan.long_row if progress > LONG_FROM else plan.row, self.seed * 1_000_003 + step
+        count = max(1, plan.step_tokens // length)
+        starts = torch.randint(len(self.ids) - length, (count,), generator=torch.Generator().manual_seed(seed))
+        rows = self.ids[(starts[:, None] + torch.arange(length + 1)).to(self.ids.device)].long()
+        rng, planted = random.Random(seed), round(PLANTED * count)
+        if planted:
+            plants = [self.planter.plant(row, rng) for row in rows[:planted].tolist()]
+            rows[:planted] = torch.tensor(plants).to(rows.device)
+        return rows
 
 
 def loss_of(network: LlamaForCausalLM, rows: Tensor) -> Tensor:
@@ -112,7 +129,7 @@ class Run:
             print(f"going on from step {self.step}, {self.seconds:.0f} s")
 
 
-def train(run: Run, ids: Tensor, plan: Plan, args: argparse.Namespace) -> None:
+def train(run: Run, texts: Texts, plan: Plan, args: argparse.Namespace) -> None:
     """Run the loop until its time or its steps are over."""
     step_of: Any = torch.compile(loss_of) if args.compile else loss_of
     total, saved = args.minutes * 60, run.seconds
@@ -121,7 +138,7 @@ def train(run: Run, ids: Tensor, plan: Plan, args: argparse.Namespace) -> None:
         progress = max(run.seconds / total, run.step / plan.steps)
         for group in run.optimizer.param_groups:
             group["lr"] = args.lr * rate_at(progress + 1e-3)
-        loss = step_of(run.network, rows_at(ids, plan, progress, run.step, args.seed))
+        loss = step_of(run.network, texts.rows(plan, progress, run.step))
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
@@ -129,7 +146,7 @@ def train(run: Run, ids: Tensor, plan: Plan, args: argparse.Namespace) -> None:
         if run.step % 20 == 0:
             run.log.append({"step": run.step, "seconds": round(run.seconds, 1), "loss": loss.item()})
             print(f"step {run.step:6}  {run.seconds:6.0f} s  loss {run.log[-1]['loss']:.4f}", flush=True)
-        elif ids.is_cuda:
+        elif texts.ids.is_cuda:
             torch.cuda.synchronize()
         run.step += 1
         run.seconds += time.perf_counter() - start
@@ -183,11 +200,18 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     run = Run(network, optimizer)
     run.resume(args.out / "state.pt")
-    train(run, ids, plan, args)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    train(run, Texts(ids, Planter.of(encode, tokenizer.get_vocab()), args.seed), plan, args)
     loss = held_out_loss(network, unseen, plan.row, 32)
     num_parameters = sum(p.numel() for p in network.parameters())
     network.to(torch.bfloat16).save_pretrained(args.out)
-    log = {"parameters": num_parameters, "steps": run.step, "seconds": run.seconds, "held_out_loss": loss}
+    log = {
+        "parameters": num_parameters,
+        "steps": run.step,
+        "seconds": run.seconds,
+        "planted": PLANTED,
+        "held_out_loss": loss,
+    }
     (args.out / "training_log.json").write_text(json.dumps(log | {"end": END, "log": run.log}, indent=1))
     print(f"{num_parameters / 1e6:.1f} M parameters, held-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qinfer.bench.ahead import compile_ahead
 from qinfer.bench.contender import Contender, Outcome, made, more, outcome
 from qinfer.bench.measure import environment, product_rate, read_bandwidth
 from qinfer.bench.peers import MATMUL_PEERS
@@ -36,6 +37,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--preset", choices=PRESETS, action="append", help="whose matrices; may be repeated")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256, 2048], help="values of M")
     parser.add_argument("--peers", action="store_true", help="also torch's int4 product, gemlite and humming")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile all kernels first; default: none")
     parser.add_argument("--json", metavar="FILE", help="append every row to FILE as a line of JSON")
     parser.set_defaults(run=run)
 
@@ -49,10 +51,15 @@ def run(options: argparse.Namespace) -> int:
     unknown = [name for name in names if name not in PACKED]
     if unknown:
         raise UnsupportedError(f"there is no format {unknown[0]!r}; these work: all, {', '.join(PACKED)}")
+    if options.jobs < 0:
+        raise ValueError(f"--jobs must be at least 0, got {options.jobs}")
+    sizes = shapes(options.preset or ["llama-3.1-8b"])
+    if options.jobs:
+        compile_ahead(names, sizes, options.rows, jobs=options.jobs)
     bandwidth, peak, setting = read_bandwidth(device), product_rate(device), environment(device)
     print(f"{setting['gpu']}, reads {bandwidth:,.0f} GB/s; µs per product")
     print(f"{'N × K':<15} {'format':<15} {'MB':>6}" + "".join(f"{f'M={m}':>9}" for m in options.rows) + "  GB/s at M=1")
-    for n, k in shapes(options.preset or ["llama-3.1-8b"]):
+    for n, k in sizes:
         for name, nbytes, found in measure(n, k, names, options.rows, device, with_peers=options.peers):
             first = f"{nbytes / found[0].ms / 1e6:,.0f}" if found[0].ms else "-"
             size = f"{nbytes / 1e6:6.1f}" if nbytes else f"{'-':>6}"

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from qinfer.bench.engines import ENGINES, check_engines, measure_engine
 from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
-from qinfer.bench.report import emit
+from qinfer.bench.report import append, emit
+from qinfer.bench.shares import Shares, kernel_shares, table
 from qinfer.bench.synthetic import add_source, describe_source, synthetic_model, synthetic_sizes
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Job
 from qinfer.engine.sampling import SamplingParams
+from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import default_device
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.experts import SparseMLP
@@ -31,6 +33,9 @@ from qinfer.programs.plan import gigabytes
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+PROFILED = 8  # steps
+ROOM = 2 * PROFILED  # tokens for them, and for those on the way when the clock starts and stops
+
 
 def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the command line of this benchmark."""
@@ -43,6 +48,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence; default: 128")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill measurement; default: 2048")
     parser.add_argument("--kv-format", default="fp16", help="of the cache; default: fp16")
+    parser.add_argument("--profile", action="store_true", help="also tell what each kernel of a decode step costs")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--tp", action="store_true", help="be one of the ranks that torchrun has started")
     parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="with --tp: GB of each; default: what is free")
@@ -58,11 +64,14 @@ def run(options: argparse.Namespace) -> int:
     group = join() if options.tp else None
     device = torch.device(options.device) if options.device else default_device()
     device = device if group is None else group.device
+    if options.profile and (device.type != "cuda" or engines != ["qinfer"]):
+        raise UnsupportedError("--profile needs a GPU, and tells the kernels of qinfer alone: leave it or --engine out")
     bandwidth = read_bandwidth(device)
     for engine in engines:
         # A function's locals hold the model, so the next engine finds the device empty.
         measured = _measure(options, device, group) if engine == "qinfer" else measure_engine(engine, options, device)
         steps, prefill, moved = measured["ms_per_step"], measured["prefill_ms"], measured["bytes_per_step"]
+        kernels = measured.pop("kernels", None)
         result = {
             "bench": "model",
             "engine": engine,
@@ -81,7 +90,10 @@ def run(options: argparse.Namespace) -> int:
         }
         # Every rank has run the same steps, and rank 0 tells of its own share.
         if group is None or group.rank == 0:
-            emit(result, options.json)
+            emit(result, None)
+            if kernels is not None:
+                print(table(kernels))
+            append(result if kernels is None else {**result, "kernels": kernels}, options.json)
     if group is not None:
         group.finish()
     return 0
@@ -91,14 +103,18 @@ def _measure(options: argparse.Namespace, device: torch.device, group: Group | N
     """Run qinfer, and return the fields that another engine measures too."""
     model = _load(options, device, group)
     prefill_tokens = min(options.prefill, model.config.max_positions)
-    return {
+    # Before the decode steps, whose profiler may stay in the way of what runs after it.
+    prefill = _prefill(model, prefill_tokens)
+    steps, kernels = _decode(model, options)
+    measured = {
         "plan": None if model.plan is None else str(model.plan).splitlines(),
-        "ms_per_step": _decode(model, options).asdict(),
+        "ms_per_step": steps.asdict(),
         "bytes_per_step": _bytes_per_step(model, options),
         "flops_per_step": _flops_per_step(model, options),
         "prefill_tokens": prefill_tokens,
-        "prefill_ms": _prefill(model, prefill_tokens).asdict(),
+        "prefill_ms": prefill.asdict(),
     }
+    return measured if kernels is None else {**measured, "kernels": kernels}
 
 
 def _load(options: argparse.Namespace, device: torch.device, group: Group | None) -> Model:
@@ -116,12 +132,15 @@ def _load(options: argparse.Namespace, device: torch.device, group: Group | None
 def _longest(options: argparse.Namespace) -> int:
     """Return the tokens of the longest sequence: the first ones decode while the prompts of the others are computed."""
     meanwhile = (options.batch - 1) * -(-options.context // 256)
-    longest: int = options.context + options.new_tokens + meanwhile
+    longest: int = options.context + options.new_tokens + meanwhile + (ROOM if options.profile else 0)
     return longest
 
 
-def _decode(model: Model, options: argparse.Namespace) -> Times:
-    """Time the steps of a generator that only decodes: scheduling, sampling and the transfer of ids included."""
+def _decode(model: Model, options: argparse.Namespace) -> tuple[Times, Shares | None]:
+    """Time the steps of a generator that only decodes: scheduling, sampling and the transfer of ids included.
+
+    The kernels of further steps are profiled afterwards, if that is asked for.
+    """
     longest = _longest(options)
     pages = -(-longest // 256) * options.batch
     generator = Generator(
@@ -133,7 +152,10 @@ def _decode(model: Model, options: argparse.Namespace) -> Times:
         generator.submit([rng.randrange(model.config.vocab_size) for _ in range(options.context)], params)
         for _ in range(options.batch)
     ]
-    return time_steps(generator, jobs, most=options.new_tokens)
+    times = time_steps(generator, jobs, most=options.new_tokens)
+    if not options.profile:
+        return times, None
+    return times, kernel_shares(generator.step, model.device, steps=PROFILED)
 
 
 def time_steps(generator: Generator, jobs: Sequence[Job], *, most: int) -> Times:

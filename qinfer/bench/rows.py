@@ -36,7 +36,8 @@ SHOWN = (
 # What follows from the run and is no figure of merit.
 CONSEQUENCES = (
     "read_bandwidth_gb_s product_tflops bytes bytes_per_step flops flops_per_step plan steps cached_tokens "
-    "drafted_tokens accepted_tokens preemptions problem tensors size_mb largest_file_mb"
+    "drafted_tokens accepted_tokens preemptions problem tensors size_mb largest_file_mb "
+    "kernels"
 )
 BESIDE = frozenset(CONSEQUENCES.split())
 PLACE = ("gpu", "device")  # must agree

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from qinfer.compat.binding import Handles, check_tensor, extension, optional
-from qinfer.compat.ext_matrix import find_matrix
-from qinfer.compat.layers import Norm, Projection, Residual, check_lora_temp, check_scratch, set_adapters
+from qinfer.compat.layers import Projection, Residual, check_lora_temp, check_scratch, set_adapters
 from qinfer.kernels.rope import rope
 
 NO_ROPE, NEIGHBOURS, HALVES = range(3)  # rope_style: nothing is rotated, as in GPT-J, as in NeoX
@@ -132,7 +131,7 @@ def make_q_attn(
         RuntimeError: a handle is none, or a dtype, a shape, a device or a value does not fit.
     """
     handles = {"q_q_proj": q_q_proj, "q_k_proj": q_k_proj, "q_v_proj": q_v_proj, "q_o_proj": q_o_proj}
-    q, k, v, o = (Projection(name, find_matrix(handle)) for name, handle in handles.items())
+    q, k, v, o = starmap(Projection.of, handles.items())
     device = q.matrix.device
     q.check(hidden_size, num_heads * head_dim, device)
     k.check(hidden_size, num_kv_heads * head_dim, device)
@@ -143,15 +142,15 @@ def make_q_attn(
         raise ValueError(f"rope_style must be 0 (none), 1 (neighbours) or 2 (halves), got {rope_style}")
     if rope_style != NO_ROPE and not (0 < sincos_size <= head_dim and sincos_size % 2 == 0):
         raise ValueError(f"sincos_size must be even and from 2 to head_dim = {head_dim}, got {sincos_size}")
-    norm = partial(Norm.of, matrix=q.matrix, is_rms=layernorm_is_rms, eps=norm_epsilon)
-    residual = Residual(
-        hidden_size,
-        max_rows,
-        device,
-        norm("layernorm", (layernorm, layernorm_bias)),
-        norm("post_layernorm", (post_layernorm, post_layernorm_bias)),
-        has_residual,
-        torch.float32 if residual_fp32 else torch.float16,
+    residual = Residual.of(
+        q.matrix,
+        (layernorm, layernorm_bias),
+        (post_layernorm, post_layernorm_bias),
+        is_rms=layernorm_is_rms,
+        eps=norm_epsilon,
+        max_rows=max_rows,
+        has_residual=has_residual,
+        is_fp32=residual_fp32,
     )
     norms = (
         _head_norm("q_norm", q_norm, q, head_dim, is_rms=headnorm_is_rms, eps=norm_epsilon),

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from qinfer.compat.binding import Handles, check_tensor, extension
-from qinfer.compat.ext_matrix import find_matrix
-from qinfer.compat.layers import Norm, Projection, Residual, check_lora_temp, check_scratch, set_adapters
+from qinfer.compat.layers import Projection, Residual, check_lora_temp, check_scratch, set_adapters
 from qinfer.kernels.combine import combine
 from qinfer.kernels.route import MAX_EXPERTS, route
 from qinfer.kernels.silu_mul import silu_mul
@@ -137,21 +135,20 @@ def make_q_mlp(
     Raises:
         RuntimeError: a handle is none, or a dtype, a shape, a device or a value does not fit.
     """
-    gate = Projection("q_gate", find_matrix(q_gate)) if q_gate else None
-    up, down = Projection("q_up", find_matrix(q_up)), Projection("q_down", find_matrix(q_down))
-    hidden_size, device = up.matrix.shape[0], up.matrix.device
-    mlp = _MLP(gate, up, down, act_gelu)
-    mlp.check(hidden_size, device)
+    gate = Projection.of("q_gate", q_gate) if q_gate else None
+    mlp = _MLP(gate, Projection.of("q_up", q_up), Projection.of("q_down", q_down), act_gelu)
+    reader = mlp.up.matrix
+    mlp.check(reader.shape[0], reader.device)
     check_scratch(temp_state=temp_state, temp_a=temp_a, temp_b=temp_b, temp_dq=temp_dq)
-    norm = partial(Norm.of, matrix=up.matrix, is_rms=layernorm_is_rms, eps=norm_epsilon)
-    residual = Residual(
-        hidden_size,
-        max_rows,
-        device,
-        norm("layernorm", (layernorm, layernorm_bias)),
-        norm("post_layernorm", (post_layernorm, post_layernorm_bias)),
-        has_residual,
-        torch.float32 if residual_fp32 else torch.float16,
+    residual = Residual.of(
+        reader,
+        (layernorm, layernorm_bias),
+        (post_layernorm, post_layernorm_bias),
+        is_rms=layernorm_is_rms,
+        eps=norm_epsilon,
+        max_rows=max_rows,
+        has_residual=has_residual,
+        is_fp32=residual_fp32,
     )
     return _mlps.add(_MLPLayer(residual, mlp))
 
@@ -272,9 +269,9 @@ def make_q_moe_mlp(
         )
     experts = tuple(
         _MLP(
-            Projection(f"w1[{i}]", find_matrix(gate_handle)),
-            Projection(f"w3[{i}]", find_matrix(up_handle)),
-            Projection(f"w2[{i}]", find_matrix(down_handle)),
+            Projection.of(f"w1[{i}]", gate_handle),
+            Projection.of(f"w3[{i}]", up_handle),
+            Projection.of(f"w2[{i}]", down_handle),
             act_gelu,
         )
         for i, (gate_handle, up_handle, down_handle) in enumerate(zip(w1, w3, w2, strict=True))
@@ -287,8 +284,8 @@ def make_q_moe_mlp(
     first.check_device(gate=gate)
     check_scratch(temp_state=temp_state, temp_gathered_state=temp_gathered_state, temp_a=temp_a, temp_b=temp_b)
     check_scratch(temp_logits=temp_logits, temp_dq=temp_dq)
-    norm = Norm.of("layernorm", (layernorm, layernorm_bias), first, is_rms=layernorm_is_rms, eps=norm_epsilon)
-    residual = Residual(hidden_size, max_rows, first.device, norm)
+    norm = (layernorm, layernorm_bias)
+    residual = Residual.of(first, norm, is_rms=layernorm_is_rms, eps=norm_epsilon, max_rows=max_rows)
     return _moe_mlps.add(_MoELayer(residual, gate.float(), num_experts_per_token, experts))
 
 

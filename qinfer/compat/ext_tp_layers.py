@@ -71,14 +71,12 @@ def tp_mlp_forward_(
         RuntimeError: a handle is none, or a number of tensors, a dtype, a shape or a device does not fit.
     """
     context = contexts.find(tp_context)
-    outputs = context.split(RS)
-    _check_counts(context.split(ID), outputs=outputs, temp_up=temp_up, temp_down=temp_down, norms=pre_layernorm)
-    check_tensor("hidden_states", hidden_states, torch.float16, ("R", "C"))
-    bc0, bc1, bc2, gates, ups, downs = _first_rows(
-        hidden_states.shape[0], temp_bc0, temp_bc1, temp_bc2, temp_gate, temp_up, temp_down
+    _check_counts(
+        context.split(ID), outputs=context.split(RS), temp_up=temp_up, temp_down=temp_down, norms=pre_layernorm
     )
-    tp_broadcast(tp_context, 0, hidden_states, ID, bc0, 1)
-    rms_norm_tp(bc0, pre_layernorm, bc1, norm_epsilon, tp_context)
+    check_tensor("hidden_states", hidden_states, torch.float16, ("R", "C"))
+    norm, temps = (pre_layernorm, norm_epsilon), (temp_bc0, temp_bc1, temp_bc2, temp_gate, temp_up, temp_down)
+    bc0, bc1, bc2, gates, ups, downs = _begin(tp_context, hidden_states, (ID, 1), norm, temps)
     gemm_half_q_half_tp(bc1, gate, gates, False, tp_context)
     gemm_half_q_half_tp(bc1, up, ups, False, tp_context)
     for own_gate, own_up in zip(gates, ups, strict=True):
@@ -86,8 +84,7 @@ def tp_mlp_forward_(
         own_gate.copy_((gelu(numbers, approximate="tanh") if act_gelu else silu(numbers)) * own_up.float())
     tp_gather(tp_context, 1, gates, ID, bc2, ID, 1)
     gemm_half_q_half_tp(bc2, down, downs, False, tp_context)
-    _add_residual(downs, bc0, outputs, 1)
-    tp_gather(tp_context, 0, downs, RS, [], -1, 1)
+    _end(tp_context, downs, bc0, (RS, 1))
 
 
 @extension
@@ -163,11 +160,8 @@ def tp_attn_forward_paged_(
     _check_counts(split, temp_o=temp_o, past_lens=past_lens, block_index=block_index)
     rows = batch_size * q_len
     check_tensor("hidden_states", hidden_states, torch.float16, (rows, split[-1][2] * head_dim))
-    bc0, bc1, bc2, queries, keys, values, outs = _first_rows(
-        rows, temp_bc0, temp_bc1, temp_bc2, temp_q, temp_k, temp_v, temp_o
-    )
-    tp_broadcast(tp_context, 0, hidden_states, Q, bc0, head_dim)
-    rms_norm_tp(bc0, pre_layernorm, bc1, norm_epsilon, tp_context)
+    norm, temps = (pre_layernorm, norm_epsilon), (temp_bc0, temp_bc1, temp_bc2, temp_q, temp_k, temp_v, temp_o)
+    bc0, bc1, bc2, queries, keys, values, outs = _begin(tp_context, hidden_states, (Q, head_dim), norm, temps)
     for matrices, products in ((q_proj, queries), (k_proj, keys), (v_proj, values)):
         gemm_half_q_half_tp(bc1, matrices, products, False, tp_context)
     for i, (device, _, _) in enumerate(split):
@@ -178,8 +172,7 @@ def tp_attn_forward_paged_(
         outs[i].copy_(_attention((q, k, v), (k_cache[i], v_cache[i]), past_lens[i], block_index[i], scaling))
     tp_gather(tp_context, 1, outs, Q, bc2, Q, head_dim)
     gemm_half_q_half_tp(bc2, o_proj, outs, False, tp_context)
-    _add_residual(outs, bc0, split, head_dim)
-    tp_gather(tp_context, 0, outs, Q, [], -1, head_dim)
+    _end(tp_context, outs, bc0, (Q, head_dim))
 
 
 @extension
@@ -264,13 +257,31 @@ def _attention(
     )
 
 
-def _first_rows(rows: int, *temps: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the first rows of scratch."""
+def _begin(
+    tp_context: int,
+    x: Tensor,
+    cut: tuple[int, int],
+    norm: tuple[Sequence[Tensor], float],
+    temps: Sequence[Sequence[Tensor]],
+) -> list[list[Tensor]]:
+    """Return the first rows of scratch, of which every device's first tensor holds x then, and the second rms(x).
+
+    Args:
+        tp_context: from `make_tp_context`.
+        x: [R, C] fp16.
+        cut: the kind of spans whose devices work, and how many columns their numbers count.
+        norm: [C] fp16 per device, and epsilon.
+        temps: per purpose a tensor [≥ R, columns] for each device.
+    """
     for tensors in temps:
         for tensor in tensors:
-            if tensor.dim() != 2 or tensor.shape[0] < rows or not tensor.is_contiguous():
-                raise ValueError(f"scratch must be contiguous with {rows} rows or more, got {list(tensor.shape)}")
-    return [[tensor[:rows] for tensor in tensors] for tensors in temps]
+            if tensor.dim() != 2 or tensor.shape[0] < x.shape[0] or not tensor.is_contiguous():
+                raise ValueError(f"scratch must be contiguous with {x.shape[0]} rows or more, got {list(tensor.shape)}")
+    firsts = [[tensor[: x.shape[0]] for tensor in tensors] for tensors in temps]
+    (spans, dim), (weights, eps) = cut, norm
+    tp_broadcast(tp_context, 0, x, spans, firsts[0], dim)
+    rms_norm_tp(firsts[0], weights, firsts[1], eps, tp_context)
+    return firsts
 
 
 def _check_counts(split: Split, **lists: Sequence[object]) -> None:
@@ -280,7 +291,12 @@ def _check_counts(split: Split, **lists: Sequence[object]) -> None:
             raise ValueError(f"{name} must hold one entry for each of {len(split)} spans, got {len(entries)}")
 
 
-def _add_residual(products: Sequence[Tensor], whole: Sequence[Tensor], split: Split, dim: int) -> None:
-    """Add to the slices that devices made what x holds there, in fp16."""
-    for product, x, (_, start, stop) in zip(products, whole, split, strict=True):
+def _end(tp_context: int, products: list[Tensor], whole: list[Tensor], cut: tuple[int, int]) -> None:
+    """Add to the slices that devices made what x holds there, in fp16, and join them in buffer 0.
+
+    `cut` is that of `_begin`.
+    """
+    spans, dim = cut
+    for product, x, (_, start, stop) in zip(products, whole, contexts.find(tp_context).split(spans), strict=True):
         product += x[:, start * dim : stop * dim]
+    tp_gather(tp_context, 0, products, spans, [], -1, dim)

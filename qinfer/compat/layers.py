@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from qinfer.compat.binding import check_tensor, optional
+from qinfer.compat.ext_matrix import find_matrix
 from qinfer.compat.matrices import QMatrix
 from qinfer.kernels.rmsnorm import rmsnorm
 
 MAX_HALF = 65504.0
+NOTHING: tuple[None, None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Projection:
     name: str
     matrix: QMatrix
     adapters: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # id -> A [K, r], B [r, N], both fp32
+
+    @classmethod
+    def of(cls, name: str, handle: int) -> Projection:
+        """Make one of the matrix of a handle; name is what the caller calls it."""
+        return cls(name, find_matrix(handle))
 
     def check(self, in_features: int, out_features: int, device: torch.device) -> None:
         """Raise ValueError unless the matrix is [in_features, out_features] and on a device."""
@@ -156,6 +163,38 @@ class Residual:
     post_norm: Norm | None = None
     has_residual: bool = True
     dtype: torch.dtype = torch.float16
+
+    @classmethod
+    def of(
+        cls,
+        reader: QMatrix,
+        layernorm: tuple[Tensor | None, Tensor | None],
+        post_layernorm: tuple[Tensor | None, Tensor | None] = NOTHING,
+        *,
+        is_rms: bool,
+        eps: float,
+        max_rows: int,
+        has_residual: bool = True,
+        is_fp32: bool = False,
+    ) -> Residual:
+        """Make one of the arguments of a layer.
+
+        Args:
+            reader: a matrix that reads the stream.
+            layernorm: weight and bias of the norm before it, [C] fp16 or nothing.
+            post_layernorm: those of the norm behind the layer.
+            is_rms: the norms are RMS norms rather than layer norms.
+            eps: of the norms.
+            max_rows: most rows that x may have.
+            has_residual: the layer adds to x rather than writing it.
+            is_fp32: x is fp32 rather than fp16.
+        """
+        norm, post_norm = (
+            Norm.of(name, tensors, reader, is_rms=is_rms, eps=eps)
+            for name, tensors in (("layernorm", layernorm), ("post_layernorm", post_layernorm))
+        )
+        dtype = torch.float32 if is_fp32 else torch.float16
+        return cls(reader.shape[0], max_rows, reader.device, norm, post_norm, has_residual, dtype)
 
     def rows(self, x: Tensor) -> Tensor:
         """Return x [..., C] as [M, C], once it fits."""

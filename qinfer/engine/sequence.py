@@ -84,11 +84,6 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     @property
-    def wants_more(self) -> bool:
-        """Whether another token would still be within the limit."""
-        return self.num_tokens < self.max_tokens
-
-    @property
     def adapter(self) -> int:
         """The slot of its adapter; -1 without one."""
         return -1 if self.lora is None else self.lora.slot

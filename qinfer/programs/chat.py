@@ -19,16 +19,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from qinfer.cache.formats import KV_FORMATS
 from qinfer.engine.generator import Generator
 from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.errors import QinferError
 from qinfer.models.model import Model
-from qinfer.programs import drafting
+from qinfer.programs import drafting, flags
 from qinfer.programs.answers import Display, display_for
 from qinfer.programs.conversation import Conversation, Message
-from qinfer.programs.plan import gigabytes
 from qinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -64,16 +62,8 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--template", metavar="FILE", help="chat template (default: the model's own)")
     parser.add_argument("--no-thinking", action="store_true", help="tell the template enable_thinking=false")
     parser.add_argument("--context", type=int, metavar="N", help=f"tokens of a conversation (default: up to {CONTEXT})")
-    parser.add_argument("-n", "--max-new-tokens", type=int, default=2048, metavar="N", help="per answer; default: 2048")
-    parser.add_argument("-t", "--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default: 0.7")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of mass P")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens above P times the likeliest")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the first answer; the next ones count up")
-    parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=f"of the cache: {', '.join(KV_FORMATS)}")
-    parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
-    parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="divide the model: GB to use of each GPU")
+    flags.add_sampling(parser, max_new_tokens=2048, seed="of the first answer; the next ones count up")
+    flags.add_loading(parser)
     drafting.add_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="tell tokens and speed behind each answer")
     parser.add_argument("--plain", action="store_true", help="plain text, also on a terminal")
@@ -84,14 +74,7 @@ def run(options: argparse.Namespace) -> int:
     """Load, and talk until the input ends."""
     if options.context is not None and options.context < 1:
         raise ValueError(f"--context must be at least 1, got {options.context}")
-    params = SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-    )
+    params = flags.sampling(options)
     variables: dict[str, Any] = {"enable_thinking": False} if options.no_thinking else {}
     if options.template is not None:
         variables["chat_template"] = _read(Path(options.template))
@@ -99,17 +82,18 @@ def run(options: argparse.Namespace) -> int:
     conversation = Conversation(options.system)
     if options.load is not None:
         _load(conversation, options.load)
-    model = Model.load(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        gpus=options.gpus,
-        cache_tokens=options.context or CONTEXT,
-    )
+    model = flags.load(options, options.model, cache_tokens=options.context or CONTEXT)
     try:
         tokenizer = _tokenizer(model, options)
         context = min(options.context or CONTEXT, model.config.max_positions)
-        generator = Generator(model, kv_format=options.kv_format, max_tokens=context, page_size=PAGE_SIZE, max_batch=1)
+        generator = Generator(
+            model,
+            kv_format=options.kv_format,
+            max_tokens=context,
+            page_size=PAGE_SIZE,
+            max_batch=1,
+            draft=drafting.load(options, model),
+        )
         write = _Writer(tokenizer, variables)
         chat = Chat(generator, write, params, conversation, display_for(plain=options.plain), context=context)
         chat.tells_stats = options.stats

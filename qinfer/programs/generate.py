@@ -17,8 +17,7 @@ from qinfer.engine.job import Completion
 from qinfer.engine.sampling import SamplingParams
 from qinfer.models.model import Model
 from qinfer.parallel.spawn import join
-from qinfer.programs import drafting
-from qinfer.programs.plan import KV_FORMAT_HELP, gigabytes
+from qinfer.programs import drafting, flags
 from qinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,22 +36,14 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("text", nargs="?", metavar="PROMPT", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
     parser.add_argument("-p", "--prompt", help="the same as the argument PROMPT")
     parser.add_argument("-m", "--model", metavar="DIR", help="folder of a checkpoint")
-    parser.add_argument("-n", "--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    parser.add_argument("-t", "--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default: 0.7")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of mass P")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep tokens above P times the likeliest")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    flags.add_sampling(parser, max_new_tokens=256, seed="the same seed gives the same text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     constraints = parser.add_mutually_exclusive_group()
     constraints.add_argument("--json-schema", metavar="FILE", help="write a JSON value of the schema in FILE")
     constraints.add_argument("--regex", metavar="REGEX", help="write a text that REGEX matches as a whole")
     constraints.add_argument("--grammar", metavar="FILE", help="write a text of the Lark grammar in FILE")
-    parser.add_argument("--kv-format", default="fp16", metavar="FORMAT", help=KV_FORMAT_HELP)
     parser.add_argument("--lora", metavar="DIR", help="folder of an adapter, as PEFT saves them, to run with")
-    parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu (default: cuda if there is a GPU)")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of the activations: fp16, bf16, fp32 (default: the model's)")
-    parser.add_argument("--gpus", type=gigabytes, metavar="GB,GB", help="divide the model: GB to use of each GPU")
+    flags.add_loading(parser)
     parser.add_argument("--tp", action="store_true", help="be one of the ranks that torchrun has started")
     drafting.add_arguments(parser)
     parser.set_defaults(run=run)
@@ -63,26 +54,12 @@ def run(options: argparse.Namespace) -> int:
     if options.text is not None and options.prompt is not None:
         raise ValueError("give the prompt either as the argument or with --prompt, not both")
     prompt = next((text for text in (options.text, options.prompt) if text is not None), DEFAULT_PROMPT)
-    params = SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        stop=tuple(options.stop),
-    )
+    params = replace(flags.sampling(options), stop=tuple(options.stop))
     drafting.check(options)
     group = join() if options.tp else None
-    model = Model.load(
-        options.model or STORYTELLER,
-        device=options.device,
-        dtype=options.dtype,
-        gpus=options.gpus,
-        # A token has a character at the least, as a rule.
-        cache_tokens=len(prompt) + params.max_new_tokens,
-        parallel=group,
-    )
+    # A token has a character at the least, as a rule.
+    room = len(prompt) + params.max_new_tokens
+    model = flags.load(options, options.model or STORYTELLER, cache_tokens=room, group=group)
     if group is not None and group.rank:
         follow(model, group)
         return 0

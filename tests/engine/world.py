@@ -100,7 +100,7 @@ class World:
         moving = {one.id for one, _ in step}
         for place, one in enumerate(scheduler.running):
             if place == 0 or one.num_pending == 1:
-                assert one.id in moving or not one.wants_more
+                assert one.id in moving or one.num_tokens >= one.max_tokens
 
     def compute(self, one: Sequence, count: int) -> tuple[Sequence, int | None]:
         """Write the tokens, read the history, and return the next token if all tokens are computed now."""
