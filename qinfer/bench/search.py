@@ -20,6 +20,12 @@ Clock = Callable[[Mapping[Product, Tile]], float]
 MIN_GAIN = 0.002  # of the step: less is noise, whatever the samples say
 MAX_PARTS = 32  # the readers of a product are compiled for each number of them
 CONFIRMATIONS = 5  # pairs of runs, old and new in turns
+_COLUMNS_AND_WARPS = {  # of tiles with so many rows
+    8: ((64, 2), (64, 4), (128, 4)),
+    16: ((64, 2), (64, 4), (128, 4), (128, 8)),
+    32: ((64, 4), (128, 4), (128, 8)),
+    64: ((64, 4), (64, 8), (128, 4), (128, 8)),
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,8 @@ class Change:
 
 def candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
     """Yield tiles worth timing for a product of m rows with a matrix [K, N] on so many multiprocessors."""
-    block_m = max(16, min(64, 1 << (m - 1).bit_length()))
-    for block_n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 5, 6)):
-        if warps == 8 and block_n == 64 and block_m < 64:
-            continue
+    block_m = max(8, min(64, 1 << (m - 1).bit_length()))
+    for (block_n, warps), stages in itertools.product(_COLUMNS_AND_WARPS[block_m], (2, 3, 4, 5, 6)):
         for split_k in _splits(block_m, block_n, m, n, k, sms):
             yield Tile(block_m, block_n, split_k, warps, stages)
     for warps, stages in itertools.product((4, 8), (2, 3)) if m > 64 else ():
@@ -52,7 +56,7 @@ def _splits(block_m: int, block_n: int, m: int, n: int, k: int, sms: int) -> lis
     """
     programs = ceil(n / block_n) * ceil(m / block_m)
     most = min(ceil(k / 128) // 2, 16 * sms // programs, MAX_PARTS)
-    even = {places * sms // programs for places in (1, 2, 3, 4)}
+    even = {places * sms // programs for places in (1, 2, 3, 4, 6, 12)}
     return [split_k for split_k in sorted({2, 3, 4, 6, 8, 12, 16} | even | {1}) if split_k == 1 or 1 < split_k <= most]
 
 

@@ -1,9 +1,12 @@
 """Overlap across kernel boundaries: a kernel may start while the one before it still runs (NVIDIA, from sm_90 on).
 
-A kernel that takes part (programmatic dependent launch) follows three rules:
+A kernel that takes part (programmatic dependent launch) follows these rules:
 - `wait_for_inputs` comes before the first access to anything that another kernel writes or reads, and every program
   runs it: it returns when the kernel before has finished, and because that one waited too, everything before it has.
   Constants (weights, scales, tables) may be read, or fetched into the L2 cache, ahead of it.
+- In a pipelined loop that reads both, `offset_of_inputs` is part of the address of the inputs: then the pipeline loads
+  the first constants, waits, and loads the first inputs. A `wait_for_inputs` behind the loop keeps rule one for
+  programs that have no step.
 - `let_next_start` says that the next kernel may take the multiprocessors that this one leaves free. A kernel of few
   programs says it at once. One that fills the GPU says it behind its main loop: said earlier, programs of the next
   kernel sit where its own last programs could run (benchmarks/LOG.md).
@@ -46,6 +49,24 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
     """Wait until everything that earlier kernels wrote can be read, and overwritten."""
     if OVERLAP:
         gdc_wait()
+
+
+@triton.jit
+def offset_of_inputs(i_step, OVERLAP: tl.constexpr):
+    """Return 0, as soon as everything that earlier kernels wrote can be read.
+
+    Args:
+        i_step: a number that differs from step to step, so that the wait stays in the loop; the second costs nothing.
+        OVERLAP: whether there is anything to wait for.
+    """
+    if OVERLAP:
+        # Pure, because Triton's pipeline moves nothing that has side effects; the address is what orders it.
+        zero = tl.inline_asm_elementwise(
+            "{ griddepcontrol.wait; mov.u32 $0, 0; }", "=r,r", [i_step], dtype=tl.int32, is_pure=True, pack=1
+        )
+        return tl.multiple_of(zero, 128)
+    else:
+        return 0
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from qinfer.kernels.dequant import load_step, scaled_codes, slice_codes, spread
-from qinfer.kernels.overlap import wait_for_inputs
+from qinfer.kernels.overlap import offset_of_inputs, wait_for_inputs
 
 
 @triton.jit
@@ -58,10 +58,10 @@ def accumulate_part(
     # A division by a number known to the compiler is a shift; larger groups are few.
     divisor = group_size if GROUP == 0 else GROUP
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    wait_for_inputs(OVERLAP)
     for i_step in tl.range(first, last, num_stages=STAGES):
+        # Weights first: they are on their way while the kernel before still writes x.
         b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
-        p_step = p_xs + i_step * STEP
+        p_step = p_xs + (i_step * STEP + offset_of_inputs(i_step, OVERLAP))
         b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for s in tl.static_range(SLICES):
             o_k = i_step * STEP + s * 32
@@ -90,4 +90,5 @@ def accumulate_part(
                     if RUN == 0 or (s + 1) % RUN == 0:
                         b_acc += b_part * _scales(p_scales, i_group, o_n, m_n, N64)[:, None]
                         b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    wait_for_inputs(OVERLAP)
     return b_acc

@@ -17,13 +17,15 @@ from typing import NamedTuple
 
 from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, step_k, tile_k
 
-# What a pipeline may take: with few rows so little that four programs fit a multiprocessor of a data-centre GPU, with
-# more rows what consumer GPUs have for one program, 99 KiB.
-FEW_ROWS_BYTES, SHARED_BYTES = 56 << 10, 88 << 10
+# What a pipeline may take: with few rows so little that six or four programs fit a multiprocessor of a data-centre GPU,
+# with more rows what consumer GPUs have for one program, 99 KiB.
+LEAN_BYTES, FEW_ROWS_BYTES, SHARED_BYTES = 36 << 10, 56 << 10, 88 << 10
 # What the pipelines of wide tiles may take: of one program, for a third stage, and of two on one multiprocessor.
 WIDE_BYTES, PAIR_BYTES = 160 << 10, 224 << 10
-MIN_PART = 512  # features of K that a program keeps
-FEW_ROWS = 16  # the smallest tile
+LEAN_PART, MIN_PART = 256, 512  # features of K that a program keeps
+# The smallest tile is for what NVIDIA's tensor cores multiply at once, m16n8k16; with long steps of K it spills.
+LEAN_ROWS, LEAN_BITS = 8, (2, 4, 6, 8)
+FEW_ROWS = 16  # the smallest tile elsewhere
 FUSED_ROWS = 64  # up to here every product has a tile, on every GPU
 # Rows of a program. Without tensor cores that read their second operand from shared memory, more than 32 rows of sums
 # beside the unpacked weights do not fit the registers.
@@ -65,8 +67,8 @@ class Product(NamedTuple):
 
 
 def bucket(m: int) -> int:
-    """Return the largest M of the bucket that m belongs to: 1, 4, 16, 32, 64, then powers of two."""
-    for limit in (1, 4, 16, 32, 64):
+    """Return the largest M of the bucket that m belongs to: 1, 4, 8, 16, 32, 64, then powers of two."""
+    for limit in (1, 4, 8, 16, 32, 64):
         if m <= limit:
             return limit
     return 1 << (m - 1).bit_length()
@@ -103,6 +105,8 @@ def lookup(
     row = _table(arch).get(Product(widths[0], group_size, bucket(m), n, k)) if len(widths) == 1 else None
     if row is not None and not (row.scaled and has_offsets):
         return row
+    if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and group_size >= 32 and arch[:3] == "sm_":
+        return lean_rule(num_sms, n, k, widths[0])
     if len(set(widths)) > 1 and m <= FEW_ROWS and arch in MEASURED:
         return mixed_rule(num_sms, n, k)
     if m <= FUSED_ROWS:
@@ -159,6 +163,18 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
     wanted = (4 if m <= 8 else 2) * num_sms // programs
     split_k = max(1, min(1 << max(wanted, 1).bit_length() - 1, k // MIN_PART, 16))
     return Tile(block_m, block_n, split_k, 4 if block_m * block_n < 64 * 128 else 8, stages)
+
+
+def lean_rule(num_sms: int, n: int, k: int, bits: int) -> Tile:
+    """Return a reasonable tile for up to LEAN_ROWS rows and codes of LEAN_BITS.
+
+    What counts is that some programs load while others compute: six of two warps on every multiprocessor. With 8 rows
+    Triton takes `mma.sync`, whose operands are registers: half the registers of `wgmma` with 16 rows, and no wait for
+    the tensor cores behind every slice (benchmarks/LOG.md).
+    """
+    block_n = 64
+    split_k = max(1, min(round(6 * num_sms / -(-n // block_n)), k // LEAN_PART, 16))
+    return Tile(LEAN_ROWS, block_n, split_k, 2, 3 if shared_bytes(bits, LEAN_ROWS, block_n, 3) <= LEAN_BYTES else 2)
 
 
 def mixed_rule(num_sms: int, n: int, k: int) -> Tile:

@@ -87,7 +87,7 @@ def test_candidates_fit_the_matrix() -> None:
         found = list(candidates(m, n, k, 132))
         assert len(found) == len(set(found)) > 5
         assert all(tile.split_k == 1 or k // 128 // tile.split_k >= 2 for tile in found)
-        assert {tile.block_m for tile in found} == {max(16, m)}
+        assert {tile.block_m for tile in found} == {max(8, m)}
     wide = list(candidates(256, 4096, 4096, 132))
     assert {(tile.block_m, tile.scaled) for tile in wide} == {(64, False), (128, True)}
     assert all(2 * 32 * tile.split_k <= 16 * 132 for tile in wide)

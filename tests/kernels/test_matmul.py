@@ -20,10 +20,13 @@ from qinfer.kernels.operand import FIELDS, DenseOperand, step_k
 from qinfer.kernels.parts import add_up
 from qinfer.kernels.tiles import (
     FUSED_ROWS,
+    LEAN_BITS,
+    LEAN_ROWS,
     TABLES,
     Product,
     Tile,
     bucket,
+    lean_rule,
     lookup,
     mixed_rule,
     rule,
@@ -96,7 +99,7 @@ def test_every_width_matches_reference(
 ) -> None:
     operand = plane_operand(k, 40, bits=bits, group_size=group_size, symmetric=bits % 2 == 0, device=device)
     x = random_tensor(3, k, seed=bits, dtype=dtype).to(device)
-    for tile in (None, Tile(16, 64, 2, 4, 2)):
+    for tile in (None, Tile(16, 64, 2, 4, 2), Tile(8, 64, 2, 4, 2)):
         assert_close(matmul.launch(x, operand, tile=tile), matmul.reference(x, operand))
 
 
@@ -148,7 +151,10 @@ def test_segments_must_fit_each_other() -> None:
 @pytest.mark.parametrize(
     "tile",
     [
+        Tile(8, 64, 3, 2, 3),
+        Tile(8, 128, 1, 4, 4),
         Tile(16, 64, 1, 4, 3),
+        Tile(16, 64, 2, 2, 3),
         Tile(16, 128, 2, 4, 4),
         Tile(32, 64, 3, 4, 3),
         Tile(64, 128, 2, 8, 3),
@@ -380,6 +386,16 @@ def test_the_rules_for_many_rows_and_mixed_widths_give_legal_tiles(
         assert 1 <= found.split_k <= max(1, -(-k // 128))
 
 
+@given(
+    n=st.integers(1, 200_000), k=st.integers(1, 60_000), num_sms=st.integers(1, 200), bits=st.sampled_from(LEAN_BITS)
+)
+def test_the_rule_for_fewest_rows_gives_legal_tiles(n: int, k: int, num_sms: int, bits: int) -> None:
+    tile = lean_rule(num_sms, n, k, bits)
+    assert (tile.block_m, tile.block_n, tile.scaled) == (8, 64, False)
+    assert shared_bytes(bits, tile.block_m, tile.block_n, tile.stages) <= 36 << 10, "six programs to a multiprocessor"
+    assert 1 <= tile.split_k <= min(16, max(1, k // 256))
+
+
 @given(m=st.integers(1, 5000))
 def test_buckets_hold_their_members(m: int) -> None:
     assert bucket(m) >= m
@@ -387,8 +403,11 @@ def test_buckets_hold_their_members(m: int) -> None:
 
 
 def test_unknown_gpus_use_the_rule() -> None:
-    expected = rule(100, 1, 4096, 4096, (4,), max_rows=32)
-    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 128, False) == expected
+    assert lookup("gfx000", 100, 1, 4096, 4096, (4,), 128, False) == rule(100, 1, 4096, 4096, (4,), max_rows=32)
+    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 128, False) == lean_rule(100, 4096, 4096, 4)
+    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 16, False) == rule(100, 1, 4096, 4096, (4,), max_rows=32)
+    assert lookup("sm_00", 100, 9, 4096, 4096, (4,), 128, False) == rule(100, 9, 4096, 4096, (4,), max_rows=32)
+    assert lookup("sm_00", 100, 1, 4096, 4096, (5,), 128, False) == rule(100, 1, 4096, 4096, (5,), max_rows=32)
     assert lookup("sm_00", 100, 1, 4096, 4096, (5, 4), 128, False) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
     assert lookup("sm_90", 132, 1, 4096, 4096, (5, 4), 128, False) == mixed_rule(132, 4096, 4096)
 
@@ -400,6 +419,8 @@ def test_rows_of_a_table_are_found_by_all_that_they_depend_on(path: Path) -> Non
         bits, group_size, m, n, k = (row[name] for name in ("bits", "group_size", "m_max", "n", "k"))
         assert lookup(path.stem, 132, m, n, k, (bits,), group_size, False) == tile
         other = rule(132, m, n, k, (bits,)) if m <= FUSED_ROWS else None
+        if m <= LEAN_ROWS and bits in LEAN_BITS:
+            other = lean_rule(132, n, k, bits)
         if other is None and m <= 256:
             other = wide_rule(132, m, n, k, (bits,), is_lean=False)
         assert lookup(path.stem, 132, m, n, k, (bits,), 32, False) == other, "another group size"
