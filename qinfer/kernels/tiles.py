@@ -34,6 +34,7 @@ MAX_ROWS = {"sm_90": 64, "sm_100": 64}
 # may have, and the widths and rows it is said for. Found by compiling all cases; said to others, it makes spills.
 REGISTERS = 168
 SAVING = {"sm_100": ((2, 3, 4), 64), "sm_120": ((4,), 16)}
+LEAN_REGISTERS = 96  # the same for ten programs of two warps, with 4 bits
 # GPUs that have tiles of their own for many rows and for mixed widths: elsewhere nobody has measured them, mixtures
 # spill, and for sm_100 Triton 3.6 makes a kernel that only traps of weights that are scaled before their product.
 MEASURED = ("sm_90",)
@@ -133,6 +134,8 @@ def trial(arch: str, tiles: Mapping[Product, Tile]) -> Iterator[None]:
 
 def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
     """Return the option of a launch that sets the limit of registers, if a tile needs one."""
+    if tile.block_m == LEAN_ROWS and tile.warps == 2 and widths == (4,) and arch.startswith("sm_"):
+        return {"maxnreg": LEAN_REGISTERS}
     saving, max_rows = SAVING.get(arch, ((), 0))
     is_saving = len(widths) == 1 and widths[0] in saving and tile.block_m <= max_rows
     return {"maxnreg": REGISTERS} if is_saving and tile.warps == 4 else {}
