@@ -115,6 +115,7 @@ class GraphRunner:
             for tokens in mixed_sizes(max_step_tokens)
             for count in ([1] if tokens <= _MOST_ALONE and max_batch > 1 else []) + [max_batch]
         )
+        self._rooms = frozenset((*self.mixed, *map(Room.of_rows, self.buckets)))
         self._decoder = decoder
         self._recorded = recorded
         self._cache = cache
@@ -145,7 +146,7 @@ class GraphRunner:
             has_adapters: Whether to record the steps with adapters as well.
         """
         for adapted in (False, True)[: 1 + has_adapters]:
-            for room in sorted((*self.mixed, *map(Room.of_rows, self.buckets)), reverse=True):
+            for room in sorted(self._rooms, reverse=True):
                 self._find(room, has_adapters=adapted)
 
     def forget_adapters(self) -> None:
@@ -160,8 +161,7 @@ class GraphRunner:
         """
         tokens, sequences, logits = map(len, (batch.token_ids, batch.context_lens, batch.logit_rows))
         room = Room(tokens, sequences, logits, batch.max_query_len)
-        is_known = room in self.mixed or (room.sequences in self.buckets and room == Room.of_rows(room.sequences))
-        if not is_known or batch.buffer.shape != (self._buffer_length(room),):
+        if room not in self._rooms or batch.page_table.shape[1] != self.table_width:
             raise ValueError(
                 f"batch must have one token per row and rows in {self.buckets}, or a room in {self.mixed}, and a page "
                 f"table {self.table_width} wide; got {room} and a table {batch.page_table.shape[1]} wide"
