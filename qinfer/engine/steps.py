@@ -229,7 +229,9 @@ class StepRunner:
         if self._fixed is not None:
             for row, sequence in enumerate(sequences):
                 sequence.source = row
-            ids = self._fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
+            ids = self.graphs.likeliest(launched.logits) if self.graphs is not None and self._fixed.is_greedy else None
+            if ids is None:
+                ids = self._fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
             return sequences, [1] * len(sequences), launched.logits, ids
         said, logits = guided(sequences, launched.logits)
         leaders = [sequence for sequence in sequences if sequence.id >= 0]
