@@ -6,7 +6,7 @@ complete, the sequence goes back to the token with its first character, which is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qinfer.engine.text import Detokenizer, overlap
@@ -20,6 +20,11 @@ class _Held:
     before: Detokenizer
 
 
+def _no_text(token_id: int) -> str:
+    """Return the text of a token where there is no tokenizer."""
+    return ""
+
+
 class TokenTexts:
     """The texts of a request's tokens, in order; no text at all without a detokenizer."""
 
@@ -29,10 +34,8 @@ class TokenTexts:
         self._banned = tuple(banned)
         self._held: list[_Held] = []
         self._free: list[str] = []  # without banned strings
-
-    def text_of(self, token_id: int) -> str:
-        """Take the next token, where there are no banned strings, and return the text that became final with it."""
-        return "" if self._detokenizer is None else self._detokenizer.push(token_id)
+        # Takes the next token, where there are no banned strings, and returns the text that became final with it.
+        self.text_of: Callable[[int], str] = _no_text if detokenizer is None else detokenizer.push
 
     def push(self, token_id: int) -> int:
         """Take the next token and return how many of the latest have to be taken back, usually none."""

@@ -344,12 +344,13 @@ class Generator:
         logprobs = sampled.logprobs()
         for scores in sampled.scores:
             scores.tell()
-        row = 0
+        row, jobs = 0, self._jobs
         for sequence, num_rows in zip(sampled.sequences, sampled.counts, strict=True):
-            # A sequence that was rewound meanwhile expects nothing of this step either.
-            if sequence.source >= 0 and sequence.state is not State.FINISHED:
+            # What has ended or was rewound meanwhile expects nothing of this step.
+            if sequence.source >= 0:
                 before = len(sequence.generated)
-                self._news.append((self._jobs[sequence.id], sequence.accept(ids[row : row + num_rows])))
+                is_whole = sequence.take(ids[row]) if num_rows == 1 else sequence.accept(ids[row : row + num_rows])
+                self._news.append((jobs[sequence.id], is_whole))
                 if logprobs and sequence.params.logprobs is not None:
                     sequence.logprobs += [logprobs[row + i] for i in range(len(sequence.generated) - before)]
             row += num_rows

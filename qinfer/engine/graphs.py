@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
+from qinfer.kernels.greedy import greedy
 from qinfer.models.batch import Batch, Room
 
 # The first run compiles kernels and loads libraries, which a capture must not do; the second shows that they are there.
@@ -53,11 +54,13 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A recorded step: where its input is read and its logits appear."""
+    """A recorded step: where its input is read and its logits appear, and the choice of the likeliest ids after it."""
 
     graph: torch.cuda.CUDAGraph
     batch: Batch
-    logits: Tensor
+    logits: Tensor  # [R, V]
+    choice: torch.cuda.CUDAGraph
+    likeliest: Tensor  # [R] int64
 
 
 def bucket_sizes(max_batch: int) -> tuple[int, ...]:
@@ -115,12 +118,14 @@ class GraphRunner:
             for tokens in mixed_sizes(max_step_tokens)
             for count in ([1] if tokens <= _MOST_ALONE and max_batch > 1 else []) + [max_batch]
         )
+        self._rooms = frozenset((*self.mixed, *map(Room.of_rows, self.buckets)))
         self._decoder = decoder
         self._recorded = recorded
         self._cache = cache
         self._device = torch.device(cache.device)
         self._captured: dict[tuple[Room, bool], _Captured] = {}  # by room, and whether there are adapters
         self._side: torch.cuda.Stream | None = None  # on which all rooms are recorded
+        self._last: _Captured | None = None  # the step that was replayed last
 
     def bucket(self, num_rows: int) -> int:
         """Return the size to which a step of `num_rows` sequences is padded.
@@ -145,7 +150,7 @@ class GraphRunner:
             has_adapters: Whether to record the steps with adapters as well.
         """
         for adapted in (False, True)[: 1 + has_adapters]:
-            for room in sorted((*self.mixed, *map(Room.of_rows, self.buckets)), reverse=True):
+            for room in sorted(self._rooms, reverse=True):
                 self._find(room, has_adapters=adapted)
 
     def forget_adapters(self) -> None:
@@ -160,8 +165,7 @@ class GraphRunner:
         """
         tokens, sequences, logits = map(len, (batch.token_ids, batch.context_lens, batch.logit_rows))
         room = Room(tokens, sequences, logits, batch.max_query_len)
-        is_known = room in self.mixed or (room.sequences in self.buckets and room == Room.of_rows(room.sequences))
-        if not is_known or batch.buffer.shape != (self._buffer_length(room),):
+        if room not in self._rooms or batch.page_table.shape[1] != self.table_width:
             raise ValueError(
                 f"batch must have one token per row and rows in {self.buckets}, or a room in {self.mixed}, and a page "
                 f"table {self.table_width} wide; got {room} and a table {batch.page_table.shape[1]} wide"
@@ -169,7 +173,22 @@ class GraphRunner:
         captured = self._find(room, has_adapters=batch.has_adapters)
         captured.batch.buffer.copy_(batch.buffer, non_blocking=True)
         captured.graph.replay()
+        self._last = captured
         return captured.logits
+
+    def likeliest(self, logits: Tensor) -> Tensor | None:
+        """Choose the likeliest ids of the step that ran last with one launch, which is all that most steps want.
+
+        Args:
+            logits: [n, V] the first rows of what `run` returned last.
+
+        Returns:
+            [n] int64, what `greedy` says of them, valid until the next step; None if the logits are others.
+        """
+        if self._last is None or logits.data_ptr() != self._last.logits.data_ptr():
+            return None
+        self._last.choice.replay()
+        return self._last.likeliest[: len(logits)]
 
     def _find(self, room: Room, *, has_adapters: bool) -> _Captured:
         """Return a room, recorded now if it was not yet."""
@@ -200,21 +219,23 @@ class GraphRunner:
         return replace(batch, has_adapters=has_adapters)
 
     def _capture(self, room: Room, *, has_adapters: bool) -> _Captured:
-        """Run the step a few times on a stream of its own, then record it."""
+        """Run the step and the choice after it a few times on a stream of their own, then record them."""
         with torch.cuda.device(self._device):
             batch = self._padding(room, has_adapters=has_adapters)
             self._side = side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP_RUNS):
-                    self._decoder(batch, self._cache)
+                    greedy(self._decoder(batch, self._cache))
             torch.cuda.current_stream().wait_stream(side)
             # Any recorded graph knows the pool that all of them share.
             pool = next((captured.graph.pool() for captured in self._captured.values()), None)
-            graph = torch.cuda.CUDAGraph()
+            graph, choice = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=side):
                 logits = self._decoder(batch, self._cache)
+            with torch.cuda.graph(choice, pool=graph.pool(), stream=side):
+                likeliest = greedy(logits)
             # A tensor that owned them would take megabytes from the pool for every room.
             logits = torch.as_tensor(_Memory(logits), device=self._device)
         self._recorded(graph)
-        return _Captured(graph=graph, batch=batch, logits=logits)
+        return _Captured(graph=graph, batch=batch, logits=logits, choice=choice, likeliest=likeliest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 from qinfer.engine.bans import TokenTexts
@@ -46,6 +47,10 @@ class Event(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per new id where SamplingParams.logprobs asks for them
 
 
+# An event of all its fields in order, made in half the time: there is one for each token.
+_event: Callable[[tuple[object, ...]], Event] = partial(tuple.__new__, Event)
+
+
 class Job:
     """A request that was submitted."""
 
@@ -77,8 +82,9 @@ class Job:
         self._stops = StopMatcher(sequence.params.stop)
         params = sequence.params
         self._most = params.max_new_tokens
-        # Whether tokens are told as they come: nothing takes them back, and no text ends the request.
-        self._is_open = not (params.banned_strings or params.stop or sequence.steering is not None)
+        # Whether tokens are told as they come: nothing takes them back.
+        self._is_open = not params.banned_strings and sequence.steering is None
+        self._has_stops = bool(params.stop)
         self._events = events
         self._release = release
         self._rewind = rewind
@@ -107,13 +113,19 @@ class Job:
         sequence, place = self.sequence, self._num_read
         generated = sequence.generated
         if self._is_open and len(generated) == place + 1 < self._most and generated[place] not in sequence.ends:
-            # As almost always: one id that nothing takes back and that ends nothing.
+            # As almost always: one id that nothing takes back and that ends nothing, unless its text does.
             token_id = generated[place]
             text = self._texts.text_of(token_id)
-            self._num_read = self._num_told = self._num_in_events = place + 1
+            self._num_read = self._num_told = place + 1
+            if self._has_stops:
+                text = self._stops.push(text)
+                if self._stops.matched:
+                    self._finish("stop", text)
+                    return
+            self._num_in_events = place + 1
             self._told.append(text)
             logprobs = tuple(sequence.logprobs[place:]) if sequence.logprobs else ()
-            self._events.append(Event(self.id, text, (token_id,), None, None, None, logprobs))
+            self._events.append(_event((self.id, text, (token_id,), None, None, None, logprobs)))
             return
         if sequence.steering is not None:
             sequence.steering.check()

@@ -38,7 +38,8 @@ class History:
         self._length = 0
         self._slots: dict[int, int] = {}
         self._tokens: Ids = np.empty(256, np.int32)
-        self._counts: NDArray[np.int64] = np.zeros(256, np.int64)
+        self._counts: Floats = np.zeros(256)
+        self._num_gone = 0  # ids that were counted once and are not any more
         self.extend(ids)
 
     def __len__(self) -> int:
@@ -69,20 +70,30 @@ class History:
             self._count(int(self._ids[self._length]), -1)
 
     def counted(self) -> tuple[Ids, Floats]:
-        """Return the different ids in the window and how often each occurs there."""
+        """Return the different ids in the window and how often each occurs there.
+
+        Where no id has left the window they are views: that of ids stays, that of counts holds until the next change.
+        """
         used = len(self._slots)
-        counts = self._counts[:used]
+        tokens, counts = self._tokens[:used], self._counts[:used]
+        if not self._num_gone:
+            return tokens, counts
         present = counts > 0
-        return self._tokens[:used][present], counts[present].astype(np.float64)
+        return tokens[present], counts[present]
 
     def _count(self, token: int, change: int) -> None:
         """Correct the count of one id."""
-        slot = self._slots.setdefault(token, len(self._slots))
-        if slot == len(self._tokens):
-            self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
-            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._tokens[slot] = token
-        self._counts[slot] += change
+        slot = self._slots.get(token)
+        if slot is None:
+            slot = self._slots[token] = len(self._slots)
+            self._num_gone += 1
+            if slot == len(self._tokens):
+                self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._tokens[slot] = token
+        before = self._counts[slot]
+        self._counts[slot] = before + change
+        self._num_gone += int(before + change == 0) - int(before == 0)
 
 
 def faded(window: int, decay: int) -> Floats:
@@ -178,6 +189,8 @@ class Changes:
         self._breakers: Ids = np.array(params.dry_breakers, np.int32)
         self._fading = faded(params.repetition_range or 0, params.repetition_decay)
         self._repeats = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
+        # Of tokens whose latest occurrence counts in full, before the frequency; for as many as there may be soon.
+        self._evenly = repetition(np.ones(0), np.zeros(0), params)
         biases = dict(params.logit_bias) | dict.fromkeys(params.banned_ids, -np.inf)
         self._fixed = [_offsets(list(biases), list(biases.values()))] if biases else []
         self._allowed: Ids | None = None
@@ -210,7 +223,12 @@ class Changes:
             parts.append(Edits(ids, *repetition(latest, total, params)))
         elif self._repeats:
             ids, total = history.counted()
-            parts.append(Edits(ids, *repetition(np.ones(len(ids)), total, params)))
+            if len(ids) > len(self._evenly[0]):
+                self._evenly = repetition(np.ones(2 * len(ids)), np.zeros(2 * len(ids)), params)
+            up, down, offset = [column[: len(ids)] for column in self._evenly]
+            if params.frequency_penalty:
+                offset = offset - params.frequency_penalty * total
+            parts.append(Edits(ids, up, down, offset))
         if params.dry_multiplier:
             ids, lengths = prolonged(history.ids[-(params.dry_range or 0) :], self._breakers)
             parts.append(_offsets(ids, dry_offsets(lengths, params)))

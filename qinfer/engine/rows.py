@@ -26,6 +26,7 @@ class _Buffer:
         host = torch.zeros(Batch.buffer_length(**sizes), dtype=torch.int32, pin_memory=pin)
         self.batch = Batch.views(host, **sizes, max_query_len=room.longest)
         self.adapted = replace(self.batch, has_adapters=True)
+        self.current = self.batch  # or the other one
         self.arrays = Arrays(self.batch)
         self.streams: Rows[Sequence] | None = None  # whose step it holds, where that had no pieces
         # Of each row: whose pages it holds, of which allocation, and how many.
@@ -42,6 +43,7 @@ class _Buffer:
         self.owners[: count + len(pieces)] = owners + [(-1, 0, 0)] * len(pieces)
         self.arrays.fill(pieces, page_size, num_streams=count)
         self.arrays.adapters[:count] = [sequence.adapter for sequence in streams]
+        self.current = self.adapted if self.arrays.adapters.max() >= 0 else self.batch
         self.streams = None if pieces else streams
 
 
@@ -60,6 +62,8 @@ class StepRows:
         self._buffers = [_Buffer(room, table_width, pin=pin) for _ in range(_NUM_BUFFERS)]
         self._page_size = page_size
         self._arange = np.arange(room.sequences)
+        self._in_order = self._arange.tolist()
+        self._sampled_in_order = -1 - self._arange
 
     def fill(self, streams: Rows[Sequence], pieces: Rows[Piece] = ()) -> Batch:
         """Describe the step in which each stream computes its newest token, and pieces of other sequences.
@@ -77,10 +81,14 @@ class StepRows:
         if pieces or streams is not buffer.streams:
             buffer.arrange(streams, pieces, self._page_size)
         arrays = buffer.arrays
-        arrays.token_ids[:count] = [sequence.newest for sequence in streams]
+        if [sequence.source for sequence in streams] == self._in_order[:count]:
+            # As almost always: the step before has sampled all of them, and only the device knows what.
+            arrays.token_ids[:count] = self._sampled_in_order[:count]
+        else:
+            arrays.token_ids[:count] = [sequence.newest for sequence in streams]
         positions = arrays.positions[:count]
         positions[:] = [sequence.num_computed for sequence in streams]
         page, offset = np.divmod(positions, self._page_size)
         arrays.slots[:count] = arrays.page_table[self._arange[:count], page] * self._page_size + offset
         np.add(positions, 1, out=arrays.context_lens[:count])
-        return buffer.adapted if arrays.adapters.max() >= 0 else buffer.batch
+        return buffer.current

@@ -169,8 +169,8 @@ class FixedRows:
     def __init__(self, states: Sequence[SamplerState]) -> None:
         """Lay out the rows of requests whose `is_fixed` is True."""
         self._states = states
-        self._is_greedy = all(state.params.temperature == 0 for state in states)
-        self._table = np.array([] if self._is_greedy else [state.numbers for state in states], np.float64)
+        self.is_greedy = all(state.params.temperature == 0 for state in states)
+        self._table = np.array([] if self.is_greedy else [state.numbers for state in states], np.float64)
 
     def sample(self, logits: Tensor, steps: Sequence[int]) -> Tensor:
         """Choose one token per row, as `sample` does.
@@ -184,7 +184,7 @@ class FixedRows:
         """
         if logits.shape[0] != len(self._states):
             raise ValueError(f"logits must be [{len(self._states)}, V], one row per request, got {[*logits.shape]}")
-        if self._is_greedy:
+        if self.is_greedy:
             return greedy(logits)
         self._table[:, -1] = [state.uniforms.at(step) for state, step in zip(self._states, steps, strict=True)]
         return _sample_table(logits, self._table)

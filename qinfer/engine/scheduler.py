@@ -181,6 +181,7 @@ class Scheduler:
         self._num_quiet = 0
         # After an error nobody shall meet what it may have left behind.
         self._drop(sequence, known=reason != "error")
+        sequence.await_sample(-1)
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
 

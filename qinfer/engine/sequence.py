@@ -175,15 +175,22 @@ class Sequence:
         Returns:
             Whether all that was to be taken was sampled; -1 is what was not.
         """
-        self.await_sample(-1)
         if self.drafts:
+            self.await_sample(-1)
             return self._accept_drafts(sampled)
-        is_whole = sampled[0] >= 0
-        if is_whole:
-            self.generated.append(sampled[0])
-            if self.steering is not None:
-                self.steering.follow(self.generated)
-        return is_whole
+        return self.take(sampled[0])
+
+    def take(self, token_id: int) -> bool:
+        """Take the id sampled behind the newest token, where nothing was drafted; say whether it is one."""
+        self.source = -1
+        if self.shadow is not None:
+            self.shadow.source = -1
+        if token_id < 0:
+            return False
+        self.generated.append(token_id)
+        if self.steering is not None:
+            self.steering.follow(self.generated)
+        return True
 
     def _accept_drafts(self, sampled: Ids[int]) -> bool:
         """Take ids as `accept` does, and let the drafter know how its guess went."""

@@ -146,8 +146,8 @@ class StepRunner:
         self._rows: dict[Room, StepRows] = {}
         self._step: Step = []  # the last one
         self._streams: list[Sequence] = []  # the sequences at its beginning that compute one token
-        self._chosen: list[Sequence] = []  # the sequences of the last step whose rows were fixed
-        self._fixed: FixedRows | None = None  # those rows
+        self._chosen: list[Sequence] = []  # the sequences of the last step that were sampled
+        self._fixed: FixedRows | None = None  # their rows, if all of those are fixed
         self._sampled = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
         self._on_gpu = model.device.type == "cuda"
         # Two, because the ids of one step are read after the copy of the next may have been launched.
@@ -204,7 +204,7 @@ class StepRunner:
         num_rows = len(ids)
         kept = min(num_rows, len(self._sampled))
         self._sampled[:kept].copy_(ids[:kept])
-        asked, told = _asked(sequences, counts), None
+        asked, told = _asked(sequences, counts) if self._fixed is None else {}, None
         if asked:
             index = torch.tensor([*asked]).to(ids.device, non_blocking=True)
             told = logprobs(said[index], ids[index], max(asked.values()))
@@ -219,12 +219,19 @@ class StepRunner:
     def _choose(self, launched: Launched) -> tuple[list[Sequence], list[int], Tensor, Tensor]:
         """Sample the next tokens: who gets them, in how many rows, [R, V] what the model says there, and [R] ids."""
         sequences = launched.sequences
-        if sequences and all(sequence.sampler.is_fixed and not sequence.drafts for sequence in sequences):
-            if self._fixed is None or sequences != self._chosen:
-                self._chosen, self._fixed = sequences, FixedRows([sequence.sampler for sequence in sequences])
+        if sequences is not self._chosen:
+            is_fixed = all(sequence.sampler.is_fixed and not sequence.drafts for sequence in sequences)
+            if not (sequences and is_fixed):
+                self._fixed = None
+            elif self._fixed is None or sequences != self._chosen:
+                self._fixed = FixedRows([sequence.sampler for sequence in sequences])
+            self._chosen = sequences
+        if self._fixed is not None:
             for row, sequence in enumerate(sequences):
                 sequence.source = row
-            ids = self._fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
+            ids = self.graphs.likeliest(launched.logits) if self.graphs is not None and self._fixed.is_greedy else None
+            if ids is None:
+                ids = self._fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
             return sequences, [1] * len(sequences), launched.logits, ids
         said, logits = guided(sequences, launched.logits)
         leaders = [sequence for sequence in sequences if sequence.id >= 0]

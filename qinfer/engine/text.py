@@ -50,6 +50,9 @@ class Detokenizer:
         self._num_settled = len(self._window)
         shown = self._decode([*self._window, *healed]) if healed else self._text
         self._num_shown = len(shown.rstrip(UNFINISHED))
+        # The only id of the window where its text is out and is its own, as it mostly is; the window is laid out from
+        # it when another id comes.
+        self._single: int | None = None
 
     def copy(self) -> Detokenizer:
         """Return a twin that goes on by itself."""
@@ -59,12 +62,12 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take the next id and return the text that became final, often one word, sometimes nothing."""
-        if len(self._window) == self._num_settled == 1 and 0 < self._num_shown == len(self._text):
-            before, own = self._own_texts[self._window[0]], self._own_texts[token_id]
-            if before is not None and own is not None:
-                new, self._text = own
-                self._window[0], self._num_shown = token_id, len(self._text)
-                return new
+        if self._single is not None:
+            own = self._own_texts[token_id]
+            if own is not None:
+                self._single = token_id
+                return own[0]
+            self._lay_out()
         self._window.append(token_id)
         text = self._decode(self._window)
         if text and text == self._text and not self._decode([token_id]):
@@ -81,11 +84,20 @@ class Detokenizer:
             self._num_settled = len(self._window)
             self._text = self._decode(self._window)
             self._num_shown = len(self._text)
+            if self._text and self._num_settled == 1 and self._own_texts[token_id] is not None:
+                self._single = token_id
         return new
 
     def flush(self) -> str:
         """Return what was withheld, U+FFFD for bytes that never became a character."""
-        return self._show(self._text)
+        return "" if self._single is not None else self._show(self._text)
+
+    def _lay_out(self) -> None:
+        """Have the single id as a window."""
+        if self._single is not None:
+            self._window, self._num_settled = [self._single], 1
+            self._text = self._decode(self._window)
+            self._num_shown, self._single = len(self._text), None
 
     def _show(self, text: str) -> str:
         """Return the part of the window's text that is new."""
@@ -115,6 +127,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         """Look for these strings; the one that is complete first wins, the longest of several that end together."""
         self._stops = tuple(stops)
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._held = ""
         self.matched = False
 
@@ -122,7 +135,8 @@ class StopMatcher:
         """Take more text and return what can no longer belong to a stop string."""
         if self.matched:
             return ""
-        if not self._stops:
+        if not self._held and self._firsts.isdisjoint(text):
+            # As almost always: no stop string begins here.
             return text
         self._held += text
         found = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]

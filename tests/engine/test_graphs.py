@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from qinfer.engine.graphs import GraphRunner, _Captured, bucket_sizes, mixed_siz
 from qinfer.engine.sampling import SamplerState, SamplingParams
 from qinfer.engine.sequence import Sequence
 from qinfer.engine.steps import StepRunner
+from qinfer.kernels.greedy import greedy
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.lora import Lora
 from qinfer.models.model import Model
@@ -128,15 +130,13 @@ def test_batches_of_another_shape_are_refused(pad_to: int, width: int) -> None:
 
 @dataclass
 class Replay:
-    """What stands in for a graph: it computes the step again."""
+    """What stands in for a graph: it computes again."""
 
-    decoder: Any
-    batch: Batch
-    cache: PagedKVCache
-    logits: Tensor
+    compute: Callable[[], Tensor]
+    out: Tensor
 
     def replay(self) -> None:
-        self.logits.copy_(self.decoder(self.batch, self.cache))
+        self.out.copy_(self.compute())
 
 
 class Eager(GraphRunner):
@@ -146,8 +146,11 @@ class Eager(GraphRunner):
         batch = self._padding(room, has_adapters=has_adapters)
         logits = self._decoder(batch, self._cache)
         assert len(logits) == room.logits
-        graph: Any = Replay(self._decoder, batch, self._cache, logits)
-        return _Captured(graph, batch, logits)
+        # Ids that nobody has chosen yet would show.
+        ids = torch.full((room.logits,), -1)
+        graph: Any = Replay(lambda: self._decoder(batch, self._cache), logits)
+        choice: Any = Replay(lambda: greedy(logits), ids)
+        return _Captured(graph, batch, logits, choice, ids)
 
     @property
     def rooms(self) -> set[Room]:
@@ -213,12 +216,16 @@ def test_a_padded_step_is_the_step(small: tuple[Model, Lora], max_batch: int, mo
     # Several, since a room is filled again.
     for described in data.draw(st.lists(steps(max_batch, max_step_tokens), min_size=1, max_size=3)):
         launched = []
+        padded_graphs = runners[1].graphs
         for runner in runners:
             step = [(sequence(number, one, lora), one[2]) for number, one in enumerate(described)]
             launched.append(runner.launch(step))
         plain, padded = launched
         assert [one.id for one in plain.sequences] == [one.id for one in padded.sequences]
         assert_close(padded.logits, plain.logits)
+        if len(padded.logits):
+            assert padded_graphs.likeliest(padded.logits).tolist() == padded.logits.argmax(1).tolist()
+            assert padded_graphs.likeliest(plain.logits) is None
         for ours, theirs in zip(*(cache.pages(0) for cache in caches), strict=True):
             assert_close(ours.codes, theirs.codes)
 
@@ -250,6 +257,7 @@ def test_padded_steps_say_what_steps_without_padding_say(tmp_path: Path, kind: s
             gen.step()
         texts.append([job.completion for job in jobs])
     assert texts[0] == texts[1]
+    assert all(text.finish_reason == "length" for text in texts[0])
     assert runner.graphs.rooms & set(runner.graphs.mixed), "no step was mixed"
     assert {room.tokens for room in runner.graphs.rooms} >= {1, 2, 16}
 
