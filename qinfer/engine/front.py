@@ -7,6 +7,7 @@ the events of the last step are handed out as well. The event loop itself never 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class AsyncFront:
         self._advance = advance
         self._readers: list[_Reader] = []
         self._driver: asyncio.Task[None] | None = None
+        self._thread: int | None = None  # that steps
         self._actions: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
 
     async def stream(self, start: Start) -> AsyncIterator[Event]:
@@ -60,6 +62,17 @@ class AsyncFront:
         finally:
             reader.closed = True
 
+    def refuse_others(self) -> None:
+        """Let a call pass where no stream is open, and in the thread that steps.
+
+        Raises:
+            RuntimeError: Somebody else's call would run between steps that the streams wait for.
+        """
+        if self._readers and threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "streams of astream are open on this generator: use astream, or between_steps for other calls"
+            )
+
     async def between_steps(self, action: Callable[[], T]) -> T:
         """Call something between two steps, in the thread that steps, and return what it returns."""
         if self._driver is None or self._driver.done():
@@ -74,6 +87,7 @@ class AsyncFront:
         try:
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="qinfer") as thread:
                 error: BaseException | None = None
+                self._thread = await loop.run_in_executor(thread, threading.get_ident)
                 while self._serve(error) or self._actions:
                     while self._actions:
                         await self._act(thread, *self._actions.pop(0))

@@ -18,12 +18,13 @@ from qinfer.engine.failures import FailAlone, FailTogether
 from qinfer.engine.front import AsyncFront
 from qinfer.engine.intake import Intake, Prompt
 from qinfer.engine.job import Completion, Event, Job
+from qinfer.engine.owner import Owner
 from qinfer.engine.pages import PageTable
 from qinfer.engine.prefix import publish
 from qinfer.engine.sampling import SamplingParams
 from qinfer.engine.scheduler import Scheduler
 from qinfer.engine.sequence import Sequence, State
-from qinfer.engine.steps import Sampled, StepRunner
+from qinfer.engine.steps import Sampled, Step, StepRunner
 from qinfer.engine.turns import Turns, heard
 from qinfer.errors import NonFiniteLogits, UnsupportedError
 from qinfer.models.lora import Lora
@@ -110,6 +111,7 @@ class Generator:
         self._news: list[tuple[Job, bool]] = []  # who has ids that no event has told, and whether sampling went well
         self.seconds_waited = 0.0  # for ids, while the device had work; the rest of a step is the host's
         self._front = AsyncFront(self._advance)
+        self._owner = Owner(self._front.refuse_others)
         self.turns = Turns(model.comm, settings)
         self._intake = Intake(model, draft=draft, pages=self.pages, window=self.scheduler.window, turns=self.turns)
         self._jobs: dict[int, Job] = {}
@@ -117,10 +119,11 @@ class Generator:
 
     def warm_up(self) -> None:
         """Compile and record everything that serving can ask for, so that no request waits for it later."""
-        self.turns.warm_up()
-        for runner in (self.runner, self._draft_runner):
-            if runner is not None:
-                runner.warm_up()
+        with self._owner:
+            self.turns.warm_up()
+            for runner in (self.runner, self._draft_runner):
+                if runner is not None:
+                    runner.warm_up()
 
     def defragment(self) -> int:
         """Move what stands in the page pool to its beginning, and return how many pages moved.
@@ -128,10 +131,11 @@ class Generator:
         Texts stay as they are, and so does speed: attention finds pages wherever they are. It is for whoever reads the
         pool from outside.
         """
-        moves = self.scheduler.defragment()
-        self.cache.move_pages(moves)
-        if self._draft_runner is not None:
-            self._draft_runner.cache.move_pages(moves)
+        with self._owner:
+            moves = self.scheduler.defragment()
+            self.cache.move_pages(moves)
+            if self._draft_runner is not None:
+                self._draft_runner.cache.move_pages(moves)
         return len(moves)
 
     def submit(
@@ -151,7 +155,8 @@ class Generator:
         """
         sequence = self._intake.sequence(prompt, params, lora)
         sequence.priority = priority
-        return self._enqueue(sequence, self._events)
+        with self._owner:
+            return self._enqueue(sequence, self._events)
 
     def step(self) -> list[Event]:
         """Launch one step, if there is anything to run, and return the events that have come of the steps before.
@@ -160,9 +165,10 @@ class Generator:
             Exception: Whatever the model raises; the requests of that step have then ended with "error" and their pages
                 are free, and their events come with the next step.
         """
-        self._advance()
-        events = list(self._events)
-        self._events.clear()
+        with self._owner:
+            self._advance()
+            events = list(self._events)
+            self._events.clear()
         return events
 
     @overload
@@ -205,10 +211,12 @@ class Generator:
                 raise ValueError(f"{name} must be one or a list of {len(prompts)}, one per prompt, got {len(given)}")
         # All are checked before the first is queued.
         sequences = [self._intake.sequence(*given) for given in zip(prompts, several, loras, strict=True)]
-        jobs = [self._enqueue(sequence, []) for sequence in sequences]
+        with self._owner:
+            jobs = [self._enqueue(sequence, []) for sequence in sequences]
         try:
             while not all(job.finished for job in jobs):
-                self._advance()
+                with self._owner:
+                    self._advance()
         finally:
             for job in jobs:
                 job.cancel()
@@ -226,8 +234,8 @@ class Generator:
     ) -> AsyncIterator[Event]:
         """Complete one prompt and yield its events to an asyncio task; any number of tasks may do so at a time.
 
-        Steps run in a thread. While a stream is open, use no other method of the generator. A request that fails has
-        the error in its last event.
+        Steps run in a thread. While a stream is open, other methods raise RuntimeError; `between_steps` calls them. A
+        request that fails has the error in its last event.
         """
         sequence = self._intake.sequence(prompt, params, lora)
         sequence.priority = priority
@@ -247,33 +255,37 @@ class Generator:
     def _stream(self, sequence: Sequence) -> Iterator[Event]:
         """Run a sequence once somebody asks for its first event."""
         events: list[Event] = []
-        job = self._enqueue(sequence, events)
+        with self._owner:
+            job = self._enqueue(sequence, events)
         try:
             while events or not job.finished:
-                if not events:
-                    self._advance()
-                ready, events[:] = list(events), []
+                with self._owner:
+                    if not events:
+                        self._advance()
+                    ready, events[:] = list(events), []
                 yield from ready
         finally:
             job.cancel()
 
     def save_session(self, text: Prompt | Job, path: str | Path) -> int:
         """Write the whole pages of a prompt or a request to a file; return the tokens it holds (`session.save`)."""
-        if isinstance(text, Job):
-            if text.sequence.lora is not None:
-                raise UnsupportedError("pages of a request with an adapter cannot be saved; submit it without lora")
-            if text.sequence.state is State.RUNNING and self.scheduler.prefix_cache:
-                publish(self.pages, text.sequence)
-            text = [*text.sequence.prompt, *text.sequence.generated]
-        return session.save(Path(path), self._intake.encode(text), self.model, self.cache, self.pages)
+        with self._owner:
+            if isinstance(text, Job):
+                if text.sequence.lora is not None:
+                    raise UnsupportedError("pages of a request with an adapter cannot be saved; submit it without lora")
+                if text.sequence.state is State.RUNNING and self.scheduler.prefix_cache:
+                    publish(self.pages, text.sequence)
+                text = [*text.sequence.prompt, *text.sequence.generated]
+            return session.save(Path(path), self._intake.encode(text), self.model, self.cache, self.pages)
 
     def load_session(self, path: str | Path) -> list[int]:
         """Read a file of `save_session`; return its ids, whose pages prompts find from now on (`session.load`)."""
         if not self.scheduler.prefix_cache:
             raise ValueError("load_session needs Generator(prefix_cache=True)")
-        text = session.load(Path(path), self.model, self.cache, self.pages)
-        if self._draft_runner is not None:
-            self._draft_runner.read(text.token_ids, text.pages, text.num_known, self.scheduler.max_step_tokens)
+        with self._owner:
+            text = session.load(Path(path), self.model, self.cache, self.pages)
+            if self._draft_runner is not None:
+                self._draft_runner.read(text.token_ids, text.pages, text.num_known, self.scheduler.max_step_tokens)
         return text.token_ids
 
     def repeat(self, requests: abc.Iterable[abc.Mapping[str, Any]], cancelled: abc.Iterable[int]) -> None:
@@ -292,7 +304,7 @@ class Generator:
         rewind = self.scheduler.rewind
         if sequence.lora is not None:
             sequence.lora.acquire()
-        job = Job(sequence, self.model.tokenizer, events, release=self._release, rewind=rewind)
+        job = Job(sequence, self.model.tokenizer, events, release=self._release, rewind=rewind, lock=self._owner.lock)
         self.scheduler.add(sequence)
         self.turns.request(sequence)
         self._jobs[job.id] = job
@@ -309,23 +321,28 @@ class Generator:
 
     def _advance(self) -> None:
         """Launch the next step, then read and deliver what the one before gave."""
-        if self._sampled is None and not self.scheduler.has_work:
-            return
-        self.turns.step()
-        if self.draft:
-            # A guess needs all ids, so a step with drafts waits for the one before.
-            self._settle()
-            for sequence in self.scheduler.running:
-                sequence.guess()
-        step = self.scheduler.schedule()
-        with FailTogether(self.model.comm, lambda: [self._jobs[one.request] for one, _ in step], self._settle):
-            if self._draft_runner is not None:
-                step = self._draft_runner.fill(step)
-            launched = self.runner.launch(step) if step else None
-            self._take()
-            if launched is not None:
-                self._sampled = self.runner.sample(launched)
-        self._deliver()
+        with self._owner.lock:
+            if self._sampled is None and not self.scheduler.has_work:
+                return
+            self.turns.step()
+            if self.draft:
+                # A guess needs all ids, so a step with drafts waits for the one before.
+                self._settle()
+                for sequence in self.scheduler.running:
+                    sequence.guess()
+            step = self.scheduler.schedule()
+            with FailTogether(self.model.comm, lambda: self._jobs_of(step), self._settle):
+                if self._draft_runner is not None:
+                    step = self._draft_runner.fill(step)
+                launched = self.runner.launch(step) if step else None
+                self._take()
+                if launched is not None:
+                    self._sampled = self.runner.sample(launched)
+            self._deliver()
+
+    def _jobs_of(self, step: Step) -> list[Job]:
+        """Return the requests of a step, less those that the failure of the step before has ended already."""
+        return [self._jobs[one.request] for one, _ in step if one.request in self._jobs]
 
     def _settle(self) -> None:
         """Read and deliver what was sampled already, so that the host knows what the device knows."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from qinfer.engine.bans import TokenTexts
 from qinfer.engine.sequence import Sequence, TokenLogprobs
@@ -62,6 +63,7 @@ class Job:
         *,
         release: Callable[[Sequence, str], None],
         rewind: Callable[[Sequence, int], None],
+        lock: AbstractContextManager[Any],
     ) -> None:
         """Start without a token.
 
@@ -71,6 +73,7 @@ class Job:
             events: where its events are delivered.
             release: takes the sequence out of the generator and returns its pages, given the reason.
             rewind: takes generated ids of the sequence back, given how many stay.
+            lock: held while a step runs.
         """
         self.id = sequence.id
         self.sequence = sequence
@@ -88,6 +91,7 @@ class Job:
         self._events = events
         self._release = release
         self._rewind = rewind
+        self._lock = lock
         self._told: list[str] = []
         self._num_read = 0  # ids that the detokenizer has seen
         self._num_told = 0  # ids that nothing takes back
@@ -100,8 +104,9 @@ class Job:
 
     def cancel(self) -> None:
         """Finish now and return the pages; the last event comes with the next step. Nothing happens when finished."""
-        if not self.finished:
-            self._finish("cancelled", self._tell(self._texts.flush()) + self._rest())
+        with self._lock:
+            if not self.finished:
+                self._finish("cancelled", self._tell(self._texts.flush()) + self._rest())
 
     def fail(self, error: BaseException) -> None:
         """End the request because of an error; text still withheld is dropped, since the tokenizer may have raised."""
