@@ -182,7 +182,8 @@ QUANTIZED: dict[str, Callable[[Path], Any]] = {
     "overrides": settings(dynamic={"(": {"bits": 4}}),
     "no config": lambda f: tiny.edit_config(f, quantization_config=None),
     "no zeros": lambda f: tiny.edit(f, lambda t: dict.pop(t, f"{Q}.qzeros")),
-    "scales": lambda f: tiny.edit(f, lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].float()})),
+    "scales": lambda f: tiny.edit(f, lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].double()})),
+    "no order": lambda f: tiny.edit(f, lambda t: dict.pop(t, f"{Q}.g_idx")),
     "groups": lambda f: tiny.edit(f, lambda t: t[f"{Q}.g_idx"].fill_(77)),
     "bias": lambda f: tiny.edit(f, lambda t: t.update({f"{Q}.bias": torch.ones(64)})),
 }

@@ -12,6 +12,8 @@ from qinfer import Generator, Model, SamplingParams
 from qinfer.__main__ import main
 from qinfer.assets import STORYTELLER
 from qinfer.bench.__main__ import main as bench
+from qinfer.engine.job import Completion
+from qinfer.programs.generate import summary
 from tests.models import adapters
 
 PROMPT = "Once upon a time"
@@ -38,6 +40,26 @@ def test_drafts_tell_the_same_story(draft: list[str], capsys: pytest.CaptureFixt
     if "--draft" in draft:
         # One token of the prompt's step, five steps of five with four drafts each, and one of four with three.
         assert "23 of 23 drafted tokens accepted" in captured.err
+
+
+def test_the_speed_is_that_of_whole_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    completion = Completion("", tuple(range(12)), "length", 1)
+    # Ten tokens between the first event and the last but one, which are two seconds apart.
+    told = [(1.0, 1), (2.0, 5), (3.0, 5), (3.001, 1)]
+    assert "first token after 1000 ms; 12 new tokens, 5.0 tokens/s; finished: length" in summary(completion, told)
+    for untimed in ([(1.0, 12)], [(1.0, 8), (1.001, 4)], [(1.0, 12), (2, 0), (2, 0)], [(1.0, 1), (1.0, 11), (2, 0)]):
+        assert "12 new tokens; finished: length" in summary(completion, untimed)
+    arguments = ["generate", PROMPT, "-t", "0", "-n", "5", "--draft", str(STORYTELLER), "--device", "cpu"]
+    assert main(arguments) == 0
+    error = capsys.readouterr().err
+    assert "5 new tokens; 3 of 3 drafted tokens accepted" in error
+
+
+def test_a_refused_request_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", PROMPT, "--max-new-tokens", "100000", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1024 positions" in captured.err
 
 
 def test_generate_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

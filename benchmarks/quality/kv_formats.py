@@ -4,7 +4,8 @@ python benchmarks/quality/kv_formats.py [--model DIR] [--context 2048 8192] [--t
 
 Held-out documents are laid end to end and cut into contexts. Every context is scored through a cache of each format, so
 a token attends to keys and values as they were stored, its own included. `KL` is the mean of KL(fp16 || format) per
-token in nats, `same top token` the share of tokens whose likeliest successor is that of the fp16 cache.
+token in nats, `same top token` the share of tokens whose likeliest successor is that of the fp16 cache. ExLlamaV2's own
+codec is measured beside ours: an fp16 cache whose rows went through the bytes of `qinfer.compat` before they are read.
 
 A second table has the relative RMS error of each codec on rows of random numbers, beside ExLlamaV2's codec, whose bytes
 `qinfer.compat` reproduces: normal ones; normal ones of which one in a hundred is ten times as large; and rows in which
@@ -17,32 +18,76 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from score import STORYTELLER, default_contexts, documents, log_probabilities, results_file, save, stream, write_table
+from score import (
+    PAGE_SIZE,
+    STORYTELLER,
+    default_contexts,
+    documents,
+    log_probabilities,
+    results_file,
+    save,
+    stream,
+    write_table,
+)
 from torch import Tensor
 
 from qinfer.bench.measure import environment
 from qinfer.cache.formats import KV_FORMATS, layer_formats, nbytes_per_token
 from qinfer.compat import q4
-from qinfer.kernels.kv_codec import CODECS, decode, encode
+from qinfer.kernels.attention import paged_attention
+from qinfer.kernels.kv_codec import CODECS, KVPages, decode, encode
+from qinfer.models import layers
 from qinfer.models.model import Model
 
 MEASURE = "fp16"
-FORMATS = [*KV_FORMATS, "k8v4", "k4v8", "q4,0-1:q8,-1:q8"]
+EXLLAMAV2 = {"ExLlamaV2 Q8": 8, "ExLlamaV2 Q4": 4}
+FORMATS = [*KV_FORMATS, "k8v4", "k4v8", "q4,0-1:q8,-1:q8", *EXLLAMAV2]
+
+
+@contextmanager
+def through_exllamav2(bits: int) -> Iterator[None]:
+    """Let attention see what ExLlamaV2's codec makes of the new rows of an fp16 cache."""
+
+    def attend(
+        q: Tensor,
+        k: KVPages,
+        v: KVPages,
+        table: Tensor,
+        starts: Tensor,
+        lens: Tensor,
+        **options: Any,  # noqa: ANN401
+    ) -> Tensor:
+        new = torch.arange(int(lens[0]) - len(q), int(lens[0]), device=q.device)
+        place = (table[0, new // PAGE_SIZE].long(), slice(None), new % PAGE_SIZE)
+        for pages in (k, v):
+            # The heads of a token lie side by side, as they do there: [T, G, D].
+            rows = pages.codes[place].contiguous()
+            pages.codes[place] = q4.decode(*q4.encode(rows, bits), bits).view(rows.shape)
+        return paged_attention(q, k, v, table, starts, lens, **options)
+
+    with mock.patch.object(layers, "paged_attention", attend):
+        yield
 
 
 def figures(model: Model, pieces: Sequence[list[int]], name: str) -> dict[str, Any]:
     """Return perplexity, divergence and agreement of one format over contexts of equal length."""
     loss = divergence = same = 0.0
+    bits = EXLLAMAV2.get(name)
     for ids in pieces:
         targets, place = torch.tensor([*ids[1:], 0], device=model.device), 0
         exact = log_probabilities(model, ids, MEASURE)
-        for truth, scored in zip(exact, log_probabilities(model, ids, name), strict=True):
+        with through_exllamav2(bits) if bits else nullcontext():
+            # As a whole, so that nothing else is scored this way.
+            measured = list(log_probabilities(model, ids, MEASURE if bits else name))
+        for truth, scored in zip(exact, measured, strict=True):
             rows = slice(place, min(place + len(scored), len(ids) - 1))
             loss += F.nll_loss(scored[: rows.stop - rows.start], targets[rows], reduction="sum").item()
             divergence += (truth.exp() * (truth - scored)).sum().item()
@@ -50,10 +95,14 @@ def figures(model: Model, pieces: Sequence[list[int]], name: str) -> dict[str, A
             place += len(scored)
     count = sum(map(len, pieces))
     config = model.config
-    per_token = nbytes_per_token(layer_formats(name, config.num_layers), 1, config.head_dim)
+    if bits is None:
+        per_token = nbytes_per_token(layer_formats(name, config.num_layers), 1, config.head_dim)
+        stored = per_token * 8 / (2 * config.head_dim * config.num_layers)
+    else:
+        stored = bits + 0.5
     return {
         "format": name,
-        "bits": per_token * 8 / (2 * config.head_dim * config.num_layers),
+        "bits": stored,
         "perplexity": math.exp(loss / (count - len(pieces))),
         "kl": divergence / count,
         "same_top": same / count,
@@ -91,9 +140,9 @@ def table_of_errors() -> list[str]:
         for name, codec in CODECS.items()
         if codec.scheme != "plain"
     ]
-    for bits in (8, 4):
+    for name, bits in EXLLAMAV2.items():
         through = lambda x, bits=bits: q4.decode(*q4.encode(x.half(), bits), bits).view(x.shape)  # noqa: E731
-        codecs.append((f"ExLlamaV2 Q{bits}", bits + 0.5, through))
+        codecs.append((name, bits + 0.5, through))
     for name, width, through in codecs:
         rows = [rows_of(*column) for column in columns]
         errors = [float((through(x).float() - x).norm() / x.norm()) for x in rows]

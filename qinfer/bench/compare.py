@@ -106,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
         with base_tree(options.base, options.base_path) as tree:
             base, new = run_in_turns((tree, here()), arguments, rounds=options.rounds)
     ratios = list(compare(base, new))
+    if not ratios:
+        raise ResultError("nothing to compare: no row that both sides have has a figure")
     show(ratios, base, new)
     sides = {"base_revision": base[0].get("revision"), "revision": new[0].get("revision")}
     for ratio in ratios:

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qinfer.bench.points import Bars, Roofline, bars, rooflines
-from qinfer.bench.rows import ResultError, read
+from qinfer.bench.points import Bars, Roofline, bar_of, bars, rooflines, work
+from qinfer.bench.rows import ResultError, Row, read
 from qinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Read the results, then print or draw them."""
     if options.text and options.out:
         raise ValueError("--text prints and --out draws: give one of them")
-    rows = [row for path in options.results for row in read(path)]
+    rows = [row for path in options.results for row in _with_speed(path)]
     roofs, charts = tuple(rooflines(rows)), tuple(bars(rows))
     if not charts and not roofs:
         raise ResultError("nothing to plot: no row has a figure that is not wrong")
@@ -54,6 +54,16 @@ def run(options: argparse.Namespace) -> int:
     draw(roofs, shown, Path(options.out))
     print(f"wrote {options.out}", file=sys.stderr)
     return 0
+
+
+def _with_speed(path: str) -> list[Row]:
+    """Return the rows of a file that can be drawn, and say how many others there are: of quality, say, or wrong."""
+    rows = read(path)
+    drawn = [row for row in rows if bar_of(row) is not None or work(row) is not None]
+    others = len(rows) - len(drawn)
+    if others:
+        print(f"left out: {others} of {len(rows)} rows of {path} have no figure to plot", file=sys.stderr)
+    return drawn
 
 
 def text(roofs: Sequence[Roofline], charts: Sequence[Bars]) -> Iterator[str]:

@@ -90,13 +90,18 @@ def rooflines(rows: Sequence[Row]) -> Iterator[Roofline]:
             yield Roofline(device, max(bandwidths), peak, tuple(points))
 
 
+def bar_of(row: Row) -> str | None:
+    """Return the field of a row that its bar shows; None where it has none, or is wrong."""
+    fields = ORDER.get(row["bench"], tuple(BARS))
+    return next((name for name in fields if isinstance(row.get(name), int | float)), None)
+
+
 def bars(rows: Sequence[Row]) -> Iterator[Bars]:
     """Yield the bars of every unit that the rows have; a row goes to one of them."""
     found: dict[str, list[tuple[str, float]]] = {}
     has_revisions = len({row.get("revision") for row in rows}) > 1
     for row in rows:
-        fields = ORDER.get(row["bench"], tuple(BARS))
-        field = next((name for name in fields if isinstance(row.get(name), int | float)), None)
+        field = bar_of(row)
         if field is not None:
             scaled = row[field] * SCALE.get(BARS[field][1], 1.0)
             label = f"{describe(row)} @{row.get('revision')}" if has_revisions else describe(row)

@@ -96,26 +96,29 @@ def describe(row: Row) -> str:
 
 
 def read(path: str | Path) -> list[Row]:
-    """Read a file with one JSON object per line.
+    """Read a file of JSON objects one behind the other, each on a line of its own or on several.
 
     Raises:
-        ResultError: it cannot be read, or a line is no result.
+        ResultError: it cannot be read, or what it holds is no result.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as problem:
         raise ResultError(f"{path}: {problem.strerror}") from problem
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    except UnicodeDecodeError as problem:
+        raise ResultError(f"{path}: is no text: {problem}") from problem
+    rows, decoder, end = [], json.JSONDecoder(), len(text.rstrip())
+    place = end - len(text[:end].lstrip())
+    while place < end:
         try:
-            row = json.loads(line)
+            row, after = decoder.raw_decode(text, place)
         except json.JSONDecodeError as problem:
-            raise ResultError(f"{path}:{number}: is no JSON: {problem}") from problem
+            raise ResultError(f"{path}:{problem.lineno}: is no JSON: {problem.msg}") from problem
         if not isinstance(row, dict) or "bench" not in row:
-            raise ResultError(f'{path}:{number}: is no result of qinfer.bench, which has a field "bench"')
+            line = text.count("\n", 0, place) + 1
+            raise ResultError(f'{path}:{line}: is no result of qinfer.bench, which has a field "bench"')
         rows.append(row)
+        place = end - len(text[after:end].lstrip())
     if not rows:
         raise ResultError(f"{path}: holds no results")
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,17 +79,18 @@ def _stream(model: Model, prompt: str, params: SamplingParams, options: argparse
     lora = None if options.lora is None else model.load_lora(options.lora)
     draft = drafting.load(options, model)
     generator = Generator(model, kv_format=options.kv_format, max_tokens=max_tokens, max_batch=1, draft=draft)
+    # What is asked is checked here: a request that is refused prints nothing.
+    events = generator.stream(prompt, params, lora=lora)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
-    first = completion = None
-    for event in generator.stream(prompt, params, lora=lora):
-        first = first or time.perf_counter()
+    told, completion = [], None
+    for event in events:
+        told.append((time.perf_counter() - start, len(event.token_ids)))
         print(event.text, end="", flush=True)
         completion = event.completion
     print(flush=True)
     assert completion is not None
-    assert first is not None
-    print(_speed(completion, first - start, time.perf_counter() - first), file=sys.stderr)
+    print(summary(completion, told), file=sys.stderr)
     if completion.error is not None:
         raise completion.error
     return 0
@@ -111,13 +113,19 @@ def _read(file: str) -> str:
         raise ValueError(f"{file} cannot be read: {problem}") from problem
 
 
-def _speed(completion: Completion, prefill_s: float, decode_s: float) -> str:
-    """Say how many tokens came how fast; the first one belongs to the prompt."""
-    new = len(completion.token_ids)
-    decode = f"{(new - 1) / decode_s:.1f} tokens/s" if new > 1 else "no further token"
+def summary(completion: Completion, told: Sequence[tuple[float, int]]) -> str:
+    """Say how many tokens came how fast.
+
+    Args:
+        completion: What was generated.
+        told: When each event came, in seconds, and with how many tokens.
+    """
+    # The first event belongs to the prompt. No step is launched ahead of the last, so its time is not that of a step.
+    seconds, tokens = (told[-2][0] - told[0][0], sum(count for _, count in told[1:-1])) if len(told) > 2 else (0.0, 0)
+    decode = f", {tokens / seconds:.1f} tokens/s" if seconds > 0 and tokens else ""
     drafts = f"{completion.accepted_tokens} of {completion.drafted_tokens} drafted tokens accepted; "
     return (
-        f"[{completion.prompt_tokens} prompt tokens, first token after {prefill_s * 1e3:.0f} ms; "
-        f"{new} new tokens, {decode}; {drafts if completion.drafted_tokens else ''}"
+        f"[{completion.prompt_tokens} prompt tokens, first token after {told[0][0] * 1e3:.0f} ms; "
+        f"{len(completion.token_ids)} new tokens{decode}; {drafts if completion.drafted_tokens else ''}"
         f"finished: {completion.finish_reason}]"
     )

@@ -8,6 +8,10 @@ from qinfer.errors import UnsupportedError
 from qinfer.quant.weight import FLOATS, Source
 
 WHAT_WORKS = "what works: EXL2, GPTQ, AWQ (gemm), compressed-tensors (pack-quantized), FP8 in blocks, and dense weights"
+CONFIG_WORKS = (
+    "what works: quantization_config in config.json, or AutoGPTQ's quantize_config.json beside it, "
+    "that says how it was quantized"
+)
 
 # Suffix of a module's tensor -> the format that has it; the first that is there counts.
 SUFFIXES = {
@@ -49,7 +53,7 @@ def refuse_foreign(source: Source, name: str) -> None:
         method = (source.quant_config or {}).get("quant_method")
         if suffix in NEED_CONFIG and source.dtype(tensor) != torch.uint8:
             problem = f"but quantization_config names the method {method!r}"
-            raise UnsupportedError(f"{found}, {problem}; what works: a config.json that says how it was quantized")
+            raise UnsupportedError(f"{found}, {problem}; {CONFIG_WORKS}")
         raise UnsupportedError(f"{found}, which cannot be read; {WHAT_WORKS}")
 
 

@@ -4,7 +4,7 @@
 
     qweight  int32 [ceil(K * bits/32), N]                 codes, a little-endian bit stream down each column
     qzeros   int32 [ceil(K/group_size), ceil(N*bits/32)]  zero points, the same kind of stream along each row
-    scales   fp16 or bf16 [ceil(K/group_size), N]
+    scales   fp16, bf16 or fp32 [ceil(K/group_size), N]   fp32 is rounded to fp16 when it is read, as ExLlamaV2 does
     g_idx    int32 [K]                                    optional; all zero beside several groups says nothing
     bias     [N]                                          optional
 
@@ -16,7 +16,8 @@ ExLlama reads it, and nothing carries into a neighbour.
 
 Act-order means a g_idx that is not k // group_size. The operand then holds the input features sorted by group, stably,
 and its `order` says which feature each one is. Groups of unequal sizes are served as far as grouped.py can; any other
-g_idx is refused when it is read. What `desc_act` and `sym` say is not looked at: g_idx and the zero points decide.
+g_idx is refused when it is read. What `desc_act` and `sym` say is not looked at where g_idx and the zero points say it;
+`desc_act` without a g_idx that tells several groups apart is refused, because nothing else knows the order.
 
 Sources: the quantize_config.json of AutoGPTQ and GPTQModel; ExLlamaV2's reading of g_idx and of the zero points.
 """
@@ -49,7 +50,7 @@ from qinfer.quant.grouped import (
 )
 from qinfer.quant.options import options_of, read_bits, read_group_size
 from qinfer.quant.rtn import round_to_nearest
-from qinfer.quant.weight import Dim, Source, check_cut, check_matrix, take, take_bias
+from qinfer.quant.weight import Dim, Source, check_cut, check_matrix, is_finite, take, take_bias
 
 BITS = (2, 3, 4, 8)
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what to add to a stored zero point
@@ -96,20 +97,19 @@ class GPTQWeight:
             CheckpointError: a tensor is missing, has a wrong shape or dtype, or holds impossible values.
             UnsupportedError: bits, group size, checkpoint_format or pack_dtype are not served.
         """
-        bits, group_size, zero_offset = _read_options(source, name)
+        bits, group_size, zero_offset, is_ordered = _read_options(source, name)
         _check_bits(source, name, bits)
         qweight = take(source, f"{name}.qweight", (None, None), (torch.int32,))
         rows, out_features = qweight.shape
         in_features = _in_features(source, name, bits, rows)
         groups = num_groups(in_features, group_size)
         qzeros = take(source, f"{name}.qzeros", (groups, -(-out_features * bits // 32)), (torch.int32,))
-        scales = take(source, f"{name}.scales", (groups, out_features), HALVES, finite=True)
-        g_idx = None
-        if f"{name}.g_idx" in source:
-            g_idx = take(source, f"{name}.g_idx", (in_features,), (torch.int32,))
-            if in_features and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
-                bad = int(g_idx.min()) if int(g_idx.min()) < 0 else int(g_idx.max())
-                raise source.error(f"{name}.g_idx", f"groups must be 0 to {groups - 1}, got {bad}")
+        scales = _take_scales(source, name, groups, out_features)
+        g_idx = _take_g_idx(source, name, in_features, groups)
+        if is_ordered and groups > 1 and (g_idx is None or not bool(g_idx.any())):
+            found = "the tensor is missing" if g_idx is None else "the tensor is all zero"
+            problem = "quantization_config says desc_act: features were grouped in an order that only g_idx can tell"
+            raise source.error(f"{name}.g_idx", f"{found}, and {problem}; desc_act false means consecutive groups")
         bias = take_bias(source, name, out_features)
         weight = cls(qweight, qzeros, scales, g_idx, bias, bits, group_size, zero_offset)
         if weight._runs() is None:
@@ -266,6 +266,30 @@ def _in_features(source: Source, name: str, bits: int, rows: int) -> int:
     return rows * 32 // bits
 
 
+def _take_scales(source: Source, name: str, groups: int, out_features: int) -> Tensor:
+    """Read the scales, and bring fp32 to the fp16 that products take: nearest, as ExLlamaV2 does."""
+    key = f"{name}.scales"
+    scales = take(source, key, (groups, out_features), (*HALVES, torch.float32), finite=True)
+    if scales.dtype != torch.float32:
+        return scales
+    rounded = scales.half()
+    if not is_finite(rounded):
+        raise source.error(key, "fp32 scales are rounded to fp16, and one of them is beyond 65,504")
+    return rounded
+
+
+def _take_g_idx(source: Source, name: str, in_features: int, groups: int) -> Tensor | None:
+    """Read the group of each feature, if the file says."""
+    key = f"{name}.g_idx"
+    if key not in source:
+        return None
+    g_idx = take(source, key, (in_features,), (torch.int32,))
+    if in_features and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
+        bad = int(g_idx.min()) if int(g_idx.min()) < 0 else int(g_idx.max())
+        raise source.error(key, f"groups must be 0 to {groups - 1}, got {bad}")
+    return g_idx
+
+
 def _check_bits(source: Source, name: str, bits: int) -> None:
     """Raise where the zero points beside the scales have another width than the options say.
 
@@ -286,8 +310,8 @@ def _check_bits(source: Source, name: str, bits: int) -> None:
         raise source.error(zeros, problem)
 
 
-def _read_options(source: Source, name: str) -> tuple[int, int, int]:
-    """Return bits, group_size and zero_offset of a module."""
+def _read_options(source: Source, name: str) -> tuple[int, int, int, bool]:
+    """Return bits, group_size and zero_offset of a module, and whether features were put in an order first."""
     options = options_of(source, name)
     if options is None:
         raise source.error(f"{name}.qweight", "quantization_config.dynamic says that this module is not quantized")
@@ -298,4 +322,7 @@ def _read_options(source: Source, name: str) -> tuple[int, int, int]:
     if pack_dtype not in ("int32", "torch.int32"):
         raise UnsupportedError(f"GPTQ pack_dtype {pack_dtype!r} is unknown; what works: int32")
     bits = read_bits(source, name, options, "GPTQ", BITS)
-    return bits, read_group_size(source, name, options, "GPTQ"), ZERO_OFFSETS[layout]
+    is_ordered = options.get("desc_act") or False
+    if not isinstance(is_ordered, bool):
+        raise source.error(None, f"quantization_config.desc_act must be true or false, got {is_ordered!r}")
+    return bits, read_group_size(source, name, options, "GPTQ"), ZERO_OFFSETS[layout], is_ordered

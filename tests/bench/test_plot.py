@@ -67,6 +67,29 @@ def test_text_shows_shares_and_lengths(tmp_path: Path, capsys: pytest.CaptureFix
     assert full.count("█") == 2 * half.count("█") == plot.WIDTH
 
 
+QUALITY = {"bench": "quality_kv_formats", "model": "x", "lengths": [{"context": 512, "formats": []}]}
+
+
+def test_rows_without_a_figure_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speed, quality = tmp_path / "speed.json", tmp_path / "quality.json"
+    speed.write_text("\n".join(json.dumps(row) for row in (MATMUL, {**MATMUL, "m": 8, "ms": None})))
+    quality.write_text(json.dumps(QUALITY, indent=1) + "\n")
+    assert bench(["plot", str(speed), str(quality)]) == 0
+    captured = capsys.readouterr()
+    assert "Roofline of A: 1,000 GB/s" in captured.out
+    assert "quality" not in captured.out
+    assert captured.err.splitlines() == [
+        f"left out: 1 of 2 rows of {speed} have no figure to plot",
+        f"left out: 1 of 1 rows of {quality} have no figure to plot",
+    ]
+    assert bench(["compare", str(quality), str(quality)]) == 1
+    assert "nothing to compare" in capsys.readouterr().err
+    # A file that was cut off is an error, however it is laid out.
+    quality.write_text(json.dumps(QUALITY, indent=1)[:-20])
+    assert bench(["plot", str(speed), str(quality)]) == 1
+    assert f"{quality}:7: is no JSON: " in capsys.readouterr().err
+
+
 def test_a_point_above_its_roof_is_marked() -> None:
     (roof,) = rooflines([{**MATMUL, "ms": 0.0001}])
     assert any(line.endswith("→") for line in plot.text([roof], []))

@@ -14,6 +14,7 @@ from torch import Tensor
 from qinfer.kernels.device import implementation
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
+from qinfer.quant import FORMATS, Weight
 from tests.compare import assert_close, errors
 from tests.models import tiny
 
@@ -102,6 +103,32 @@ def test_gptq_is_its_dequantized_twin(tmp_path: Path, model_type: str, order: An
     assert_close(model.logits(ids), expected)
     # Rounding to 4 bits must show, or the twin would prove nothing.
     assert errors(expected, Model.load(tmp_path / "source", device="cpu").logits(ids))[1] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_ordered"),
+    [
+        *[("gptq", {"bits": bits, "group_size": 32, "symmetric": bits == 3}, bits == 8) for bits in (2, 3, 8)],
+        ("awq", {"group_size": 32}, False),
+        ("awq", {"group_size": -1, "symmetric": True}, False),
+        *[("compressed-tensors", {"bits": bits, "group_size": 32}, bits == 6) for bits in (2, 3, 4, 5, 6, 8)],
+        ("compressed-tensors", {"bits": 4, "group_size": -1, "symmetric": False}, False),
+        ("fp8", {"block": (24, 32)}, False),
+    ],
+)
+def test_every_format_is_its_dequantized_twin(
+    tmp_path: Path, name: str, options: dict[str, Any], is_ordered: bool
+) -> None:
+    def make(module: str, w: Tensor) -> Weight:
+        return FORMATS[name].quantize(w, **options, **({"act_order": shuffled(module, len(w))} if is_ordered else {}))
+
+    tiny.save(tmp_path / "source", "qwen2")
+    tiny.store(tmp_path / "source", tmp_path / "stored", tmp_path / "twin", make)
+    model, twin, source = (Model.load(tmp_path / folder, device="cpu") for folder in ("stored", "twin", "source"))
+    ids = tiny.prompt(40)
+    expected = twin.logits(ids)
+    assert_close(model.logits(ids), expected)
+    assert errors(expected, source.logits(ids))[1] > 1e-3
 
 
 def test_chunks_give_the_logits_of_the_whole(tmp_path: Path) -> None:

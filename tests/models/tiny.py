@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qinfer.quant import GPTQWeight
+from qinfer.quant import GPTQWeight, Weight
 
 VOCAB = 199  # not a multiple of anything, as many real ones
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,16 +105,28 @@ def quantize(
         order: (module, K) to the act-order permutation of its input features, or None.
         options: of `GPTQWeight.quantize`.
     """
+    store(source, path, twin, lambda module, w: GPTQWeight.quantize(w, act_order=order(module, len(w)), **options))
+
+
+def store(source: Path, path: Path, twin: Path, make: Callable[[str, Tensor], Weight]) -> None:
+    """Write a quantized version of a dense checkpoint, and a dense checkpoint of exactly its values.
+
+    Args:
+        source: dense checkpoint.
+        path: folder for the quantized one.
+        twin: folder for its dequantized twin.
+        make: (module, [K, N] its matrix) to what is stored.
+    """
     stored = load_file(source / "model.safetensors")
     packed: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
-    weight: GPTQWeight | None = None
+    weight: Weight | None = None
     for name, tensor in stored.items():
         module = name.removesuffix(".weight")
         if not module.endswith(LINEARS):
             packed[name] = dense[name] = tensor
             continue
-        weight = GPTQWeight.quantize(tensor.float().t(), act_order=order(module, tensor.shape[1]), **options)
+        weight = make(module, tensor.float().t())
         packed |= {f"{module}.{suffix}": value for suffix, value in weight.tensors().items()}
         dense[name] = weight.dequantize().t()
     assert weight is not None

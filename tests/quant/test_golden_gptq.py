@@ -89,6 +89,19 @@ def test_the_shared_matrix(checkpoint_format: str | None, order: str) -> None:
     assert (y - vector["y_act_fp32"]).abs().max() < 2e-3 * vector["y_act_fp32"].abs().max()
 
 
+def test_scales_of_32_bits_are_rounded_to_16() -> None:
+    w = random_tensor(64, 8, seed=3)
+    narrow = GPTQWeight.quantize(w, group_size=32)
+    # An eighth of the distance to the next fp16 number at most, up or down.
+    shift = 1 + 2.0**-14 * torch.tensor([1.0, -1.0]).repeat(4)
+    wide = {**narrow.tensors(), "scales": narrow.scales.float() * shift}
+    assert not torch.equal(wide["scales"], narrow.scales.float())
+    weight = read(wide)
+    assert weight.scales.dtype == torch.float16
+    assert torch.equal(weight.scales, narrow.scales)
+    assert torch.equal(matrix_of(weight.operand(CPU, torch.float32)), narrow.dequantize())
+
+
 def test_zero_points_do_not_borrow_from_each_other() -> None:
     # ExLlamaV2 subtracts 0x11111111 from the whole word and so reads 16 7 8 8 8 8 8 8 here.
     borrow = json.loads((VECTORS / "gptq_v2_borrow.json").read_text())

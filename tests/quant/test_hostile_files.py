@@ -38,7 +38,10 @@ DAMAGE: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
     ("qzeros", lambda t: t.repeat(1, 3), r"shape must be \[4, 2\], got \[4, 6\]"),
     ("qzeros", lambda t: t.to(torch.int16), "dtype must be int32, got int16"),
     ("scales", lambda t: t.T.contiguous(), r"shape must be \[4, 16\], got \[16, 4\]"),
-    ("scales", lambda t: t.float(), "dtype must be float16 or bfloat16, got float32"),
+    ("scales", lambda t: t.double(), "dtype must be float16 or bfloat16 or float32, got float64"),
+    ("scales", lambda t: set_to(t.float(), (1, 2), -7e4), "rounded to fp16, and one of them is beyond 65,504"),
+    ("scales", lambda t: set_to(t.float(), (1, 2), float("nan")), "NaN or infinite"),
+    ("g_idx", lambda t: torch.zeros_like(t), "all zero, and quantization_config says desc_act"),
     ("scales", lambda t: set_to(t, (2, 3), float("nan")), "NaN or infinite"),
     ("scales", lambda t: set_to(t, (0, 0), float("inf")), "NaN or infinite"),
     ("scales", lambda t: set_to(t, (3, 15), float("-inf")), "NaN or infinite"),
@@ -95,6 +98,7 @@ def test_a_missing_tensor_is_named(suffix: str) -> None:
         ({"checkpoint_format": "marlin"}, UnsupportedError, "'marlin' is unknown; what works: gptq, gptq_v2"),
         ({"checkpoint_format": None, "format": "gptq_p"}, UnsupportedError, "'gptq_p' is unknown"),
         ({"pack_dtype": "int64"}, UnsupportedError, "pack_dtype 'int64' is unknown; what works: int32"),
+        ({"desc_act": "yes"}, CheckpointError, "desc_act must be true or false, got 'yes'"),
         ({"dynamic": ["k_proj"]}, CheckpointError, "dynamic must be an object"),
         ({"dynamic": {"+:(": {}}}, CheckpointError, "invalid pattern"),
         ({"dynamic": {".*": 8}}, CheckpointError, "must be an object, got 8"),
@@ -108,6 +112,21 @@ def test_options_that_do_not_work(options: dict[str, Any], error: type[Exception
     assert good.quant_config is not None
     with pytest.raises(error, match=text):
         GPTQWeight.read(MemorySource(good.stored, {**good.quant_config, **options}), NAME)
+
+
+@pytest.mark.parametrize(("group_size", "desc_act", "works"), [(32, True, False), (32, False, True), (-1, True, True)])
+def test_an_order_that_nothing_tells_is_refused(group_size: int, desc_act: bool, works: bool) -> None:
+    w = random_tensor(128, 16, seed=0)
+    good = stored_as(GPTQWeight.quantize(w, group_size=group_size), NAME)
+    assert f"{NAME}.g_idx" not in good
+    assert good.quant_config is not None
+    silent = MemorySource(good.stored, {**good.quant_config, "desc_act": desc_act})
+    if works:
+        assert torch.equal(GPTQWeight.read(silent, NAME).dequantize(), GPTQWeight.read(good, NAME).dequantize())
+        return
+    with pytest.raises(CheckpointError, match=r"missing, and .* desc_act: .* only g_idx") as caught:
+        GPTQWeight.read(silent, NAME)
+    assert caught.value.tensor == f"{NAME}.g_idx"
 
 
 def test_dynamic_overrides_reach_the_modules_that_match() -> None:

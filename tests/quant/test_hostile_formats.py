@@ -220,6 +220,12 @@ def test_a_format_that_only_its_tensors_show_is_named(
     assert str(caught.value).startswith(NAME)
 
 
+def test_tensors_without_a_config_say_which_files_would_do() -> None:
+    source = MemorySource({f"{NAME}.qweight": torch.zeros(1, dtype=torch.int32)})
+    with pytest.raises(UnsupportedError, match=r"quantization_config in config\.json, or .* quantize_config\.json"):
+        weight_class(None, NAME, source)
+
+
 def test_tensors_of_another_format_than_the_config_says_are_refused() -> None:
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     stored = stored_as(make("compressed-tensors"), NAME).stored

@@ -1,0 +1,77 @@
+"""Pages are all the memory that a cache takes: neither writing nor reading decodes anything into a second copy."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qinfer.cache.formats import KV_FORMATS, layer_formats, nbytes_per_token
+from qinfer.cache.paged import PagedKVCache
+from qinfer.kernels.attention import paged_attention
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 32, 8, 128, 256
+# So many rows that attention needs no parts of its own, which would count as well.
+PROMPT = 2048
+NBYTES = 512 * 2**20
+
+
+def serve(kv_format: str, num_pages: int, prompt: int, device: torch.device) -> tuple[PagedKVCache, list[Tensor]]:
+    """Make a cache, write a prompt and then a token of two sequences, and attend to all pages each time.
+
+    Returns:
+        The cache, and the rows and outputs.
+    """
+    cache = PagedKVCache(
+        num_layers=LAYERS,
+        num_pages=num_pages,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        device=device,
+        page_size=PAGE_SIZE,
+        kv_format=kv_format,
+    )
+    table = torch.arange(num_pages, dtype=torch.int32, device=device)
+    others = []
+    for sequences, count in ((1, prompt), (2, 1)):
+        pages = table[: num_pages // sequences * sequences].view(sequences, -1)
+        lens = torch.full((sequences,), pages.shape[1] * PAGE_SIZE, dtype=torch.int32, device=device)
+        starts = torch.arange(sequences + 1, dtype=torch.int32, device=device) * count
+        slots = (pages[:, -1:] * PAGE_SIZE + PAGE_SIZE - 1) if count == 1 else torch.arange(count, device=device)
+        q, k, v = (
+            torch.randn(sequences * count, heads, HEAD_DIM, dtype=torch.float16, device=device)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        others += [q, k, v]
+        for layer in range(LAYERS):
+            cache.write(layer, k, v, slots.flatten().to(torch.int32))
+            options = {"max_query_len": count, "scale": HEAD_DIM**-0.5}
+            others.append(paged_attention(q, *cache.pages(layer), pages, starts, lens, **options))
+    return cache, others
+
+
+def peak_of(work: Callable[[], tuple[PagedKVCache, list[Tensor]]]) -> tuple[int, PagedKVCache, list[Tensor]]:
+    """Return by how many bytes memory grew at the most, and what the work left."""
+    gc.collect()
+    torch.cuda.synchronize()
+    # Blocks that earlier tests have left are handed out whole where little of them would remain.
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cache, others = work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, cache, others
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_format", [*KV_FORMATS, "k8v4", "q4,0:fp16"])
+def test_memory_is_what_the_format_says(kv_format: str, device: torch.device) -> None:
+    per_page = nbytes_per_token(layer_formats(kv_format, LAYERS), KV_HEADS, HEAD_DIM) * PAGE_SIZE
+    num_pages = NBYTES // per_page
+    peak, cache, others = peak_of(lambda: serve(kv_format, num_pages, PROMPT, device))
+    assert cache.nbytes == num_pages * per_page
+    assert all(torch.isfinite(x).all() for x in others)
+    assert cache.nbytes <= peak <= 1.02 * cache.nbytes + sum(x.nbytes for x in others)
