@@ -19,6 +19,7 @@ from qinfer.bench.shapes import (
     FP32,
     G128,
     HALVES,
+    HEADS,
     LLAMA,
     OTHERS,
     QWEN,
@@ -149,12 +150,14 @@ def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
     """Attention of one step; every sequence has pages of its own, anywhere in the pool."""
     name, window, order = f"{s.name} {step.name} {half}{variant.name}", variant.window, variant.order
     d, width, batch = HALVES[half], -(-step.context // PAGE_SIZE), len(step.queries)
-    compiled = step.compiled and (half == "fp16") == (s is LLAMA) and (window is None or s is LLAMA)
-    compiled = compiled and (not order or step is STEPS[0]) and (variant.softcap is None or s is LLAMA)
-    compiled = compiled and (variant.softcap is None or step is STEPS[0])
+    in_fp16 = s not in (QWEN, TINY)  # which stand for bf16
+    compiled = step.compiled and (half == "fp16") == in_fp16 and (window is None or s is LLAMA)
+    # A window is the same for a few queries as for many, and an order or a cap for all heads.
+    compiled = compiled and (window is None or "draft" not in step.name)
+    compiled = compiled and ((not order and variant.softcap is None) or (s is LLAMA and step is STEPS[0]))
     # One pair of codecs has one of each kind; the others differ little from it outside of decode.
     if variant.codecs is not None:
-        compiled = compiled and s is LLAMA and (step is STEPS[0] or variant.codecs == ("q8", "q4"))
+        compiled = compiled and in_fp16 and (step is STEPS[0] or variant.codecs == ("q8", "q4"))
     keys, values = variant.codecs or (half, half)
 
     @case("paged_attention", name, compiled=compiled)
@@ -309,6 +312,8 @@ def _register() -> None:
             _attention_case(s, half, step, variant)
     for s, half, step, variant in product((LLAMA, TINY), HALVES, STEPS, CODED):
         _attention_case(s, half, step, variant)
+    for s, codec in HEADS:
+        _attention_case(s, "fp16", STEPS[0], Variant(codecs=(codec, codec)))
     for s, t, half in product(SHAPES, (1, 4, 16, 64, 256, 2048), HALVES):
         for matrix in matrices(s):
             compiled = matrix.bias and half == "bf16" if s is QWEN else Run(s, t, half).compiled and t <= s.hidden // 16

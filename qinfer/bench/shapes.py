@@ -34,6 +34,13 @@ LLAMA = Shape("llama-3.1-8b", 4096, 32, 8, 128, 14336, 128256)
 QWEN = Shape("qwen2-7b", 3584, 28, 4, 128, 18944, 152064)
 TINY = Shape("storyteller", 256, 8, 2, 32, 768, 2048)
 SHAPES = (LLAMA, QWEN, TINY)
+# Head sizes and groups of other models, for decode over codes: padded heads, sixteen rows, and both large.
+HEADS = (
+    (Shape("phi-2", 2560, 32, 32, 80, 10240, 51200), "q8"),
+    (Shape("phi-3-mini", 3072, 32, 32, 96, 8192, 32064), "q4"),
+    (Shape("qwen3-235b", 4096, 64, 4, 128, 12288, 151936), "q6"),
+    (Shape("recurrentgemma-2b", 2560, 10, 1, 256, 7680, 256000), "q4"),
+)
 TOKENS = (1, 16, 2048)  # one token, a decode batch, a chunk of a prompt
 
 

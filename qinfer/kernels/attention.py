@@ -168,10 +168,10 @@ def _paged_attention_kernel(
     p_parts,  # [T, H, runs, D] fp32, if there are several
     p_lse,  # [T, H, runs] fp32
     scale,  # softmax scale times log2(e)
-    s_q_token, s_q_head, s_k_page, s_k_head, s_k_row, s_k_scale_page, s_v_page, s_v_head, s_v_row, s_v_scale_page,
+    s_q_token, s_q_head, s_k_page, s_k_head, s_k_scale_page, s_v_page, s_v_head, s_v_scale_page,
     s_table, num_seqs, search_steps, min_tiles,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    K_SCHEME: tl.constexpr, V_SCHEME: tl.constexpr, RUN: tl.constexpr,
+    K_SCHEME: tl.constexpr, V_SCHEME: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, RUN: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     SOFTCAP: tl.constexpr,  # times log2(e); 0: none
     IS_SPLIT: tl.constexpr,
@@ -232,7 +232,7 @@ def _paged_attention_kernel(
         m_key = o_key < b_stop
         b_scores = scores(
             b_q, b_factor, p_k + i_page * s_k_page, p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
-            o_row, m_key, s_k_row, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP, PTX, KEYS_FIRST,
+            o_row, m_key, K_ROW, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP, PTX, KEYS_FIRST,
         )  # fmt: skip
         # Every query of a block sees all keys of the tiles in front of its first one.
         if KEYS_FIRST or WINDOW > 0 or b_key + BLOCK_N > b_first + 1:
@@ -258,7 +258,7 @@ def _paged_attention_kernel(
         if has_scales(V_SCHEME):
             b_p *= along_keys(b_scale, KEYS_FIRST)
         b_acc = add_values(
-            b_acc, b_decay, b_p, p_v + i_page * s_v_page, o_row, m_key, s_v_row, DTYPE,
+            b_acc, b_decay, b_p, p_v + i_page * s_v_page, o_row, m_key, V_ROW, DTYPE,
             HEAD_DIM, BLOCK_D, V_SCHEME, PTX, KEYS_FIRST,
         )  # fmt: skip
         b_max = b_new_max
@@ -283,8 +283,8 @@ def _paged_attention_kernel(
 
 
 def _strides(pages: KVPages) -> tuple[int, ...]:
-    """Return the strides of a page, a head and a row, and of a page of scales."""
-    return (*pages.words.stride()[:3], 0 if pages.scales is None else pages.scales.stride(0))
+    """Return the strides of a page and a head, and of a page of scales."""
+    return (*pages.words.stride()[:2], 0 if pages.scales is None else pages.scales.stride(0))
 
 
 def _element_size(q: Tensor, k_pages: KVPages, v_pages: KVPages) -> int:
@@ -423,7 +423,7 @@ def paged_attention(
         q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, page_table, query_starts, context_lens,
         None if order is None else inverse(order), locks, out, parts, lse, scale * LOG2_E,
         *q.stride()[:2], *_strides(k_pages), *_strides(v_pages), page_table.stride(0),
-        num_seqs, (num_seqs - 1).bit_length(), min_tiles,
+        num_seqs, (num_seqs - 1).bit_length(), min_tiles, K_ROW=k_pages.words.stride(2), V_ROW=v_pages.words.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim), WINDOW=window or 0,
         SOFTCAP=0.0 if softcap is None else softcap * LOG2_E,
@@ -431,7 +431,7 @@ def paged_attention(
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
         BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
         PTX=is_ptx_target(q), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        **registers(name, tiles, schemes, has_order=order is not None), **overlap(q),
+        **registers(name, tiles, schemes, has_order=order is not None, is_padded=block_d > head_dim), **overlap(q),
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:
         add_runs(parts, lse, order, out)

@@ -5,6 +5,9 @@ fp16 integers, and the scale of a key multiplies its scores. The scale of a valu
 the product of both fits fp16, the softmax shifts by the largest sum of a score and the exponent of its value's scale;
 sums then are what they are, whatever the scales. Scores are in units of log 2, as the softmax takes them.
 
+The stride of a row is known at compile time, because Triton takes a number that 16 does not divide for odd: rows of 20
+words (80 features of four bits) would be loaded one by one and, being narrower than 32 bits, outside of the pipeline.
+
 Tensor cores take 16 rows of their first operand, and 8 columns of their second: where queries are few, KEYS_FIRST swaps
 the two, so that scores are [keys, queries], and sums over values [features, queries].
 """
@@ -113,7 +116,7 @@ def prepared(b_q, scale, PAGE_DTYPE: tl.constexpr, DTYPE: tl.constexpr, RUN: tl.
 
 @triton.jit
 def _load_tile(
-    p_page, o_row, m_key, s_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
+    p_page, o_row, m_key, ROW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Load a tile of numbers or of words, rows by features or features by rows, and the upper bits of "q6"."""
@@ -123,24 +126,24 @@ def _load_tile(
     m_row = m_key[:, None] if ROWS_FIRST else m_key[None, :]
     o_w = o_w[None, :] if ROWS_FIRST else o_w[:, None]
     m_tile = m_row & (o_w < HEAD_DIM // PLANES)
-    b_words = tl.load(p_page + o_row * s_row + o_w, mask=m_tile, other=0)
+    b_words = tl.load(p_page + o_row * ROW + o_w, mask=m_tile, other=0)
     b_upper = b_words
     if SCHEME == "q6":
         # Behind the words of a row there is a byte for each of them.
         p_bytes = p_page.to(tl.pointer_type(tl.uint8), bitcast=True) + HEAD_DIM // 2
-        b_upper = tl.load(p_bytes + o_row * (2 * s_row) + o_w, mask=m_tile, other=0).to(tl.int16)
+        b_upper = tl.load(p_bytes + o_row * (2 * ROW) + o_w, mask=m_tile, other=0).to(tl.int16)
     return b_words, b_upper
 
 
 @triton.jit
 def scores(
-    b_q, b_factor, p_page, p_scale, o_scale, o_row, m_key, s_row, DTYPE: tl.constexpr,
+    b_q, b_factor, p_page, p_scale, o_scale, o_row, m_key, ROW: tl.constexpr, DTYPE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr, SOFTCAP: tl.constexpr, PTX: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Multiply queries, turned if keys come first, by a tile of keys, and cap the scores if SOFTCAP is not 0: fp32."""
     PLANES: tl.constexpr = num_planes(SCHEME)
-    b_words, b_upper = _load_tile(p_page, o_row, m_key, s_row, HEAD_DIM, BLOCK_D, SCHEME, KEYS_FIRST)
+    b_words, b_upper = _load_tile(p_page, o_row, m_key, ROW, HEAD_DIM, BLOCK_D, SCHEME, KEYS_FIRST)
     b_k = b_words if SCHEME == "plain" else plane(b_words, b_upper, 0, DTYPE, SCHEME, PTX)
     b_scores = _product(b_q[0], b_k, None, KEYS_FIRST)
     for j in tl.static_range(1, PLANES):
@@ -165,12 +168,12 @@ def _product(b_queries, b_rows, b_sum, KEYS_FIRST: tl.constexpr):
 
 @triton.jit
 def add_values(
-    b_acc, b_decay, b_p, p_page, o_row, m_key, s_row, DTYPE: tl.constexpr,
+    b_acc, b_decay, b_p, p_page, o_row, m_key, ROW: tl.constexpr, DTYPE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr, PTX: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of values, weighted by b_p, to the decayed sums, a tuple of planes."""
     PLANES: tl.constexpr = num_planes(SCHEME)
-    b_words, b_upper = _load_tile(p_page, o_row, m_key, s_row, HEAD_DIM, BLOCK_D, SCHEME, not KEYS_FIRST)
+    b_words, b_upper = _load_tile(p_page, o_row, m_key, ROW, HEAD_DIM, BLOCK_D, SCHEME, not KEYS_FIRST)
     b_decay = along_queries(b_decay, KEYS_FIRST)
     if SCHEME == "plain":
         return (_product(b_p.to(b_words.dtype), b_words, b_acc[0] * b_decay, KEYS_FIRST),)

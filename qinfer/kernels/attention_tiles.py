@@ -13,8 +13,8 @@ MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
 # Said aloud, the hardware's own limit keeps ptxas from saving registers at the price of spills. Where it is said was
 # found by compiling all cases: elsewhere it costs spills, or programs per multiprocessor.
 REGISTERS = {"maxnreg": 255}
-# Decode over codes, or in an order: as many programs per multiprocessor as go without spills, six of two warps over
-# four bits. By scheme, and for the others.
+# Decode over codes, in an order, or of padded heads: as many programs per multiprocessor as go without spills, six of
+# two warps over four bits. By scheme, and for the others. Masks and sixteen rows over codes want all registers.
 LEAN: dict[str, tuple[dict[str, int], int]] = {
     "sm_90": ({"plain": 168, "q4": 168, "q6": 255}, 200),
     "sm_120": ({}, 255),
@@ -64,11 +64,18 @@ def choose_tiles(
     elif rows <= 16 and is_hip:
         tiles = Tiles(16, 64 if head_dim <= 128 else 32, 4, 3)
     elif rows <= 16:
-        # Two warps decode each code once, and one those of six bits, which want the most registers.
-        num_warps, residents = (2, 6 if schemes == ("q4", "q4") else 4) if is_coded or head_dim > 128 else (4, 3)
-        block_m, block_n = 8 if rows <= 8 else 16, 64 if head_dim <= 128 else 32
-        if "q6" in schemes and head_dim <= 128:
-            block_n, num_warps, residents = 32, 1, 8
+        is_wide, is_few, is_padded = head_dim > 128, rows <= 8, head_dim & (head_dim - 1) != 0
+        block_m, block_n = 8 if is_few else 16, 32 if is_wide or "q6" in schemes else 64
+        # Two warps decode each code once, and one those of six bits, which want the most registers. Sixteen rows fill
+        # more of them, and with large heads those of four warps.
+        if is_wide and not is_few:
+            num_warps, residents = 4, 2
+        elif "q6" in schemes and is_few and not is_wide:
+            num_warps, residents = 1, 8
+        elif is_coded or is_wide:
+            num_warps, residents = 2, 6 if is_few and not is_padded and schemes == ("q4", "q4") else 4
+        else:
+            num_warps, residents = 4, 3
         num_stages = 2 if is_crowded and not is_coded else 3
         tiles = Tiles(block_m, block_n, num_warps, num_stages, keys_first=True, residents=residents)
     elif head_dim > 128:
@@ -97,10 +104,12 @@ def choose_splits(num_programs: int, num_tiles: int, residents: int, device: tor
     return max(1, min(residents * num_sms(device) // num_programs, num_tiles, MAX_SPLITS))
 
 
-def registers(arch: str, tiles: Tiles, schemes: tuple[str, str], *, has_order: bool) -> dict[str, int]:
+def registers(arch: str, tiles: Tiles, schemes: tuple[str, str], *, has_order: bool, is_padded: bool) -> dict[str, int]:
     """Return the option of a launch that sets the limit of registers, if it needs one."""
     is_coded = schemes != ("plain", "plain")
-    if tiles.keys_first and arch in LEAN and (is_coded or has_order):
+    if is_coded and tiles.keys_first and (is_padded or tiles.block_m > 8):
+        return REGISTERS
+    if tiles.keys_first and arch in LEAN and (is_coded or ((has_order or is_padded) and tiles.num_warps == 4)):
         by_scheme, others = LEAN[arch]
         return {"maxnreg": max(by_scheme.get(scheme, others) for scheme in schemes)}
     return REGISTERS if arch in SAVES_ALWAYS or (is_coded and arch in SAVES_FOR_CODES) else {}

@@ -169,6 +169,7 @@ def test_matches_reference(batch, window, splits, device):
         ((7, 1), 128, torch.bfloat16),
         ((2, 1), 200, torch.float16),
         ((20, 1), 32, torch.float16),
+        ((2, 1), 192, torch.bfloat16),
     ],
 )
 def test_head_layouts(heads, head_dim, dtype, query_lens, device):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.attention import paged_attention
@@ -134,6 +135,36 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(
     expected = paged_attention.reference(q, *plain, *case.args[3:], **options)
     is_rounded = dtype == torch.float32 and "fp16" in (keys, values)
     assert_close(actual, expected, dtype=torch.float16 if is_rounded else dtype)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["q8", "q6", "q4"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "queries"), [((16, 1), 128, 1), ((1, 1), 128, 3), ((16, 1), 256, 1), ((1, 1), 256, 3)]
+)
+def test_attention_over_codes_of_large_heads(heads, head_dim, queries, name, device):
+    case = make_case([queries], [35], device, heads=heads, head_dim=head_dim, page_size=32)
+    sides = [coded(pages, CODECS[name]) for pages in (case.k_pages, case.v_pages)]
+    q = case.q.half()
+    actual = paged_attention.launch(q, *sides, *case.args[3:], **case.options)
+    plain = [KVPages.plain(pages.decode()) for pages in sides]
+    assert_close(actual, paged_attention.reference(q, *plain, *case.args[3:], **case.options))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["fp8", "q6"])
+def test_rows_of_codes_may_stand_apart(name, device):
+    case = make_case([1], [18], device, heads=(4, 2), head_dim=32)
+    dense = [coded(pages, CODECS[name]) for pages in (case.k_pages, case.v_pages)]
+    # The strides of keys and of values differ from each other, and from what the head size says.
+    apart = [
+        KVPages(pad(pages.codes, (0, gap), value=255)[..., :-gap], pages.scales, pages.codec)
+        for pages, gap in zip(dense, (2, 8), strict=True)
+    ]
+    actual, expected = (
+        paged_attention.launch(case.q.half(), *sides, *case.args[3:], **case.options) for sides in (apart, dense)
+    )
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", CODED)
