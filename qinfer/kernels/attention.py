@@ -53,6 +53,7 @@ MAX_GROUP = 64
 INVARIANT_ROWS = 32
 CROWD = 3  # programs of decode that fit a multiprocessor with three stages of plain pages
 MIN_SHARE = 16  # programs for each tile that a run must have: few sequences are cut finely, many are not
+MIN_EXPONENT = tl.constexpr(-64)  # of a scale; weights stay below 2^64
 LOG2_E = 1.4426950408889634
 
 
@@ -243,8 +244,9 @@ def _paged_attention_kernel(
         b_bound = b_scores
         if has_scales(V_SCHEME):
             b_scale = load_scales(p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE + o_row, m_key)
-            # The exponent of the power of two above the scale, -126 for zero.
-            b_exponent = ((b_scale.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
+            # The exponent of the power of two above the scale, but not that of zero: where all scales are zero, weights
+            # would be 2^126, and their sum infinite.
+            b_exponent = tl.maximum((b_scale.to(tl.int32, bitcast=True) >> 23) - 126, MIN_EXPONENT).to(tl.float32)
             b_bound += along_keys(b_exponent, KEYS_FIRST)
         b_new_max = tl.maximum(b_max, tl.max(b_bound, axis=KEY_AXIS))
         # A row that has seen nothing yet would compute -inf - -inf.

@@ -152,6 +152,22 @@ def test_attention_over_codes_of_large_heads(heads, head_dim, queries, name, dev
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("name", CODED)
+def test_values_of_zeros_only_count_as_keys(name, splits, device):
+    """They have the scale 0; the first sequence begins with pages of them, the second holds nothing else."""
+    case = make_case([1, 2], [60, 60], device)
+    for pages in (case.page_table[0, :3], case.page_table[1, :4]):
+        case.v_pages[pages.long()] = 0.0
+    sides = [coded(pages, CODECS[name]) for pages in (case.k_pages, case.v_pages)]
+    actual = paged_attention.launch(case.q.half(), *sides, *case.args[3:], **case.options, splits=splits)
+    plain = [KVPages.plain(pages.decode()) for pages in sides]
+    expected = paged_attention.reference(case.q.half(), *plain, *case.args[3:], **case.options)
+    assert_close(actual[:1], expected[:1])
+    assert not actual[1:].any()
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("name", ["fp8", "q6"])
 def test_rows_of_codes_may_stand_apart(name, device):
     case = make_case([1], [18], device, heads=(4, 2), head_dim=32)
