@@ -162,18 +162,32 @@ def time_steps(generator: Generator, jobs: Sequence[Job], *, most: int) -> Times
     """Time at most so many steps in which all submitted requests decode, up to the first that ends one.
 
     A step returns when the ids of the one before are on the host; in between, the device does not pause.
+
+    Raises:
+        RuntimeError: a request ended before the first step that counts; its own error is the cause.
     """
     # Prompts are processed, and graphs recorded, before the clock counts.
     while any(len(job.sequence.generated) < 3 for job in jobs):
         generator.step()
+        _check_running(jobs)
     synchronize(generator.model.device)
     generator.step()
+    _check_running(jobs)
     samples = list[float]()
     while len(samples) < most and not any(job.finished for job in jobs):
         start = time.perf_counter()
         generator.step()
         samples.append((time.perf_counter() - start) * 1e3)
     return Times(tuple(samples))
+
+
+def _check_running(jobs: Sequence[Job]) -> None:
+    """Raise where a request ended before it was timed."""
+    for job in jobs:
+        if job.completion is not None:
+            made = f"{len(job.sequence.generated)} tokens behind a prompt of {len(job.sequence.prompt)}"
+            ended = f"request {job.id} ended after {made}, before it was timed: {job.completion.finish_reason}"
+            raise RuntimeError(ended) from job.completion.error
 
 
 def _bytes_per_step(model: Model, options: argparse.Namespace) -> int:
