@@ -252,7 +252,7 @@ class Doubling(Alone):
         self.calls.append("reduce")
         return x * 2
 
-    def all_reduce_parts(self, parts: Tensor) -> Tensor:
+    def all_reduce_parts(self, parts: Tensor, *, in_order: bool = False) -> Tensor:
         return self.all_reduce(parts)
 
     def all_gather(self, x: Tensor, dim: int, sizes: Any = None) -> Tensor:
