@@ -68,6 +68,8 @@ class Generator:
             draft: Who guesses tokens that one step then checks: a number guesses at most so many from the text so far,
                 which pays where texts repeat their prompts; a `DraftModel` asks a smaller model. It changes no token.
         """
+        if isinstance(draft, bool) or not isinstance(draft, (int, DraftModel)):
+            raise TypeError(f"draft must be a number or a DraftModel, got {type(draft).__name__}")
         if isinstance(draft, int) and draft < 0:
             raise ValueError(f"draft must be a DraftModel or at least 0, got {draft}")
         if max_tokens < 1 or page_size < 1:

@@ -61,7 +61,8 @@ class Intake:
             lora: The adapter to run with.
             number: The id of the request; None takes the next one.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        _check_kinds(prompt, params, lora)
         if lora is not None:
             self._model.check_lora(lora)
         params.check_vocabulary(self._model.config.vocab_size)
@@ -120,3 +121,13 @@ class Intake:
         if self._model.tokenizer is None:
             raise ValueError("the model has no tokenizer: the prompt must be a list of token ids, got a string")
         return self._model.tokenizer.encode(prompt)
+
+
+def _check_kinds(prompt: object, params: object, lora: object) -> None:
+    """Raise a TypeError where an argument is of a kind that no request has."""
+    if isinstance(prompt, (bytes, bytearray)):
+        raise TypeError("a prompt must be text or token ids, got bytes; decode them first")
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams or None, got {type(params).__name__}")
+    if lora is not None and not isinstance(lora, Lora):
+        raise TypeError(f"lora must be what Model.load_lora returned, or None, got {type(lora).__name__}")

@@ -8,7 +8,7 @@ from qinfer.engine.generator import Generator
 from qinfer.engine.job import Event
 from qinfer.engine.sampling import SamplingParams
 from tests.engine.mock import TOKENIZER, MockModel, expected, generator, is_idle
-from tests.engine.soak import soak
+from tests.engine.soak import soak, soak_bundled
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 
@@ -117,3 +117,10 @@ def test_soak() -> None:
     ended = soak(300)
     assert sum(ended.values()) == 300
     assert min(ended[reason] for reason in ("left", "error", "length", "stop")) >= 2
+
+
+def test_soak_of_the_bundled_model() -> None:
+    """The command with a count runs as many as wanted: `python -m tests.engine.soak 2000`."""
+    ended = soak_bundled(100)
+    assert sum(ended.values()) == 100
+    assert min(ended[reason] for reason in ("left", "error", "length")) >= 2

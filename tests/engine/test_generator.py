@@ -373,3 +373,27 @@ def test_sampling_never_reads_a_tensor() -> None:
 def test_mock_depends_on_the_whole_history() -> None:
     assert not torch.equal(logits_after([1, 2]), logits_after([2, 2]))
     assert torch.equal(logits_after([1, 2]), logits_after((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((b"bytes", None), "text or token ids, got bytes"),
+        (("text", {"temperature": 0}), "params must be SamplingParams or None, got dict"),
+        (("text", {}), "params must be SamplingParams or None, got dict"),
+        (("text", "more text"), "params must be SamplingParams or None, got str"),
+    ],
+)
+def test_arguments_of_no_kind_are_named(arguments: Any, text: str) -> None:
+    gen = generator()
+    with pytest.raises(TypeError, match=text):
+        gen.submit(*arguments)
+    with pytest.raises(TypeError, match=r"lora must be what Model.load_lora returned, or None, got str"):
+        gen.submit([1], lora="folder")  # type: ignore[arg-type]
+    assert is_idle(gen)
+
+
+@pytest.mark.parametrize("draft", ["small", True, 2.0])
+def test_a_draft_of_no_kind_is_named(draft: Any) -> None:
+    with pytest.raises(TypeError, match="draft must be a number or a DraftModel"):
+        generator(draft=draft)
