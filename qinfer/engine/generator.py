@@ -68,10 +68,7 @@ class Generator:
             draft: Who guesses tokens that one step then checks: a number guesses at most so many from the text so far,
                 which pays where texts repeat their prompts; a `DraftModel` asks a smaller model. It changes no token.
         """
-        if isinstance(draft, bool) or not isinstance(draft, (int, DraftModel)):
-            raise TypeError(f"draft must be a number or a DraftModel, got {type(draft).__name__}")
-        if isinstance(draft, int) and draft < 0:
-            raise ValueError(f"draft must be a DraftModel or at least 0, got {draft}")
+        _check_draft(draft)
         if max_tokens < 1 or page_size < 1:
             raise ValueError(f"max_tokens and page_size must be at least 1, got {max_tokens} and {page_size}")
         settings = {
@@ -391,6 +388,14 @@ class Generator:
                         place = guard.job.sequence.num_known - 1
                         raise NonFiniteLogits(f"request {guard.job.id}, position {place}: {_NON_FINITE}")
                 is_told = True
+
+
+def _check_draft(draft: object) -> None:
+    """Raise where something cannot guess tokens."""
+    if isinstance(draft, bool) or not isinstance(draft, (int, DraftModel)):
+        raise TypeError(f"draft must be a number or a DraftModel, got {type(draft).__name__}")
+    if isinstance(draft, int) and draft < 0:
+        raise ValueError(f"draft must be a DraftModel or at least 0, got {draft}")
 
 
 def _holds_prompts(prompts: Prompt | abc.Sequence[Prompt]) -> bool:
