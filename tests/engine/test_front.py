@@ -121,6 +121,6 @@ def test_soak() -> None:
 
 def test_soak_of_the_bundled_model() -> None:
     """The command with a count runs as many as wanted: `python -m tests.engine.soak 2000`."""
-    ended = soak_bundled(100)
-    assert sum(ended.values()) == 100
-    assert min(ended[reason] for reason in ("left", "error", "length")) >= 2
+    ended = soak_bundled(60)
+    assert sum(ended.values()) == 60
+    assert min(ended[reason] for reason in ("left", "error", "length")) >= 1
