@@ -53,7 +53,7 @@ MAX_GROUP = 64
 INVARIANT_ROWS = 32
 CROWD = 3  # programs of decode that fit a multiprocessor with three stages of plain pages
 MIN_SHARE = 16  # programs for each tile that a run must have: few sequences are cut finely, many are not
-MIN_EXPONENT = tl.constexpr(-64)  # of a scale; weights stay below 2^64
+MIN_SCALE = tl.constexpr(2.0**-64)  # that the softmax shifts by; weights stay below 2^64
 LOG2_E = 1.4426950408889634
 
 
@@ -244,10 +244,8 @@ def _paged_attention_kernel(
         b_bound = b_scores
         if has_scales(V_SCHEME):
             b_scale = load_scales(p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE + o_row, m_key)
-            # The exponent of the power of two above the scale, but not that of zero: where all scales are zero, weights
-            # would be 2^126, and their sum infinite.
-            b_exponent = tl.maximum((b_scale.to(tl.int32, bitcast=True) >> 23) - 126, MIN_EXPONENT).to(tl.float32)
-            b_bound += along_keys(b_exponent, KEYS_FIRST)
+            # Not that of zero, which has no logarithm: where all scales are tiny, sums of weights would be infinite.
+            b_bound += along_keys(tl.log2(tl.maximum(b_scale, MIN_SCALE)), KEYS_FIRST)
         b_new_max = tl.maximum(b_max, tl.max(b_bound, axis=KEY_AXIS))
         # A row that has seen nothing yet would compute -inf - -inf.
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)

@@ -2,7 +2,7 @@
 
 Coded rows are decoded in registers, a tile at a time and a plane after the other (`kv_tile.py`): codes become exact
 fp16 integers, and the scale of a key multiplies its scores. The scale of a value multiplies its probability. So that
-the product of both fits fp16, the softmax shifts by the largest sum of a score and the exponent of its value's scale;
+the product of both fits fp16, the softmax shifts by the largest sum of a score and the logarithm of its value's scale;
 sums then are what they are, whatever the scales. Scores are in units of log 2, as the softmax takes them.
 
 The stride of a row is known at compile time, because Triton takes a number that 16 does not divide for odd: rows of 20

@@ -15,10 +15,9 @@ MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
 REGISTERS = {"maxnreg": 255}
 # Decode over codes, in an order, or of padded heads: as many programs per multiprocessor as go without spills, six of
 # two warps over four bits. By scheme, and for the others. Masks and sixteen rows over codes want all registers.
-LEAN: dict[str, tuple[dict[str, int], int]] = {
-    "sm_90": ({"plain": 168, "q4": 168, "q6": 255}, 200),
-    "sm_120": ({}, 255),
-}
+_DATA_CENTRE: tuple[dict[str, int], int] = ({"plain": 168, "q4": 168, "q6": 255}, 208)
+LEAN = {"sm_90": _DATA_CENTRE, "sm_100": _DATA_CENTRE, "sm_120": ({}, 255)}
+RDNA = ("gfx10", "gfx11", "gfx12")
 SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
 
 
@@ -61,6 +60,8 @@ def choose_tiles(
     rows, is_coded, is_hip = max_query_len * group, schemes != ("plain", "plain"), torch.version.hip is not None
     if itemsize == 4:  # exact fp32 products run on the plain ALUs and keep their operands in registers
         tiles = Tiles(16 if group <= 16 else 64, 16, 4 if head_dim <= 64 and group <= 16 else 8, 1)
+    elif arch.startswith(RDNA):
+        tiles = _rdna_tiles(rows, group, head_dim, schemes)
     elif rows <= 16 and is_hip:
         tiles = Tiles(16, 64 if head_dim <= 128 else 32, 4, 3)
     elif rows <= 16:
@@ -97,6 +98,17 @@ def choose_tiles(
     # The largest power of two that divides the page size bounds a tile that lies in one page.
     num_stages = min(tiles.num_stages, 2) if is_hip else tiles.num_stages
     return tiles._replace(block_n=min(tiles.block_n, page_size & -page_size), num_stages=num_stages)
+
+
+def _rdna_tiles(rows: int, group: int, head_dim: int, schemes: tuple[str, str]) -> Tiles:
+    """Choose tiles for RDNA, whose matrix units take operands that every half of a wave holds.
+
+    A stage beyond the first keeps a tile of keys and one of values in registers; without them few kernels spill.
+    """
+    is_coded = schemes != ("plain", "plain")
+    if rows <= 16:
+        return Tiles(16, 16 if is_coded or head_dim > 128 else 32, 2 if "q6" in schemes else 4, 1)
+    return Tiles(32 if rows <= 64 and group <= 32 else 64, 16 if head_dim > 128 else 32, 8, 1)
 
 
 def choose_splits(num_programs: int, num_tiles: int, residents: int, device: torch.device) -> int:

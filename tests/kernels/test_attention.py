@@ -288,7 +288,7 @@ def test_splits_do_not_change_the_result(seed, context_lens, data, device):
     page_size=st.integers(1, 32).map(lambda n: 16 * n),
     itemsize=st.sampled_from([2, 4]),
     schemes=st.sampled_from([("plain", "plain"), ("q8", "q4"), ("q6", "q6")]),
-    arch=st.sampled_from(["sm_80", "sm_90"]),
+    arch=st.sampled_from(["sm_80", "sm_90", "gfx942", "gfx1100"]),
     is_crowded=st.booleans(),
 )
 def test_tiles_hold_a_group_and_lie_in_a_page(
