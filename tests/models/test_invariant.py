@@ -1,4 +1,4 @@
-"""Whole models: the logits of a text are the same bits alone, beside others, and in chunks."""
+"""Whole models: the logits of a text are the same bits alone, beside others, in chunks, and behind a reused prefix."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from qinfer import Model
 from qinfer.cache.paged import PagedKVCache
+from qinfer.engine.generator import Generator
+from qinfer.engine.sampling import SamplingParams
 from qinfer.env import settings
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.attention import paged_attention
@@ -41,6 +43,20 @@ def test_logits_are_the_same_in_any_batch_and_chunk(tmp_path: Path, device: str)
     second = _logits(model, [Piece([5], 3, [2], "last"), Piece(ids[7:8], 7, [3, 1], "all")], cache)[1:]
     third = _logits(model, [Piece(ids[8:], 8, [3, 1], "all")], cache)
     assert torch.equal(torch.cat([first, second, third]), whole)
+
+
+@pytest.mark.kernel
+def test_a_reused_prefix_changes_no_bit(tmp_path: Path, device: str) -> None:
+    tiny.save(tmp_path, "qwen3", head_dim=16, num_hidden_layers=1)
+    model = Model.load(tmp_path, device=device, dtype="fp16", invariant=True)
+    params = SamplingParams(temperature=0, max_new_tokens=3, ignore_eos=True, logprobs=2)
+    prompt, other = tiny.prompt(PAGE + 5), tiny.prompt(7, seed=1)
+    generator = Generator(model, max_tokens=8 * PAGE, page_size=PAGE, max_batch=2)
+    cold = generator.generate(prompt, params)
+    assert len(cold.logprobs) == 3
+    warm, _ = generator.generate([prompt, other], params)
+    assert (cold.cached_tokens, warm.cached_tokens) == (0, PAGE)
+    assert warm == cold  # logprobs and all
 
 
 def test_every_product_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
