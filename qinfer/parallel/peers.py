@@ -21,8 +21,8 @@ from qinfer.kernels.all_reduce import BLOCK, CHANNELS_PER_SM, Mailboxes, all_red
 from qinfer.kernels.device import num_sms
 
 # Above so many bytes of a result NCCL may be faster: its ring sends each of them less than twice, whatever the number
-# of ranks, a mailbox needs twice as many for every peer. Between two H200s mailboxes win up to 1 MiB
-# (benchmarks/LOG.md); more ranks have not been measured at every size.
+# of ranks, a mailbox needs twice as many for every peer. On H200s mailboxes win up to 1 MiB between two, and up to
+# 512 KiB between four (benchmarks/LOG.md).
 ONE_SHOT_BYTES = 512 * 1024
 _HANDLE_BYTES = 1024  # room for a handle as JSON
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
