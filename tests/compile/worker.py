@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -123,15 +124,15 @@ def launches_only_compile(made: list[Any]) -> Iterator[None]:
         JITFunction.run = run
 
 
-def nvidia_resources(kernel: Any) -> dict[str, int]:
-    """Read registers and spilled bytes from the binary.
+def nvidia_resources(binary: bytes) -> dict[str, int]:
+    """Read registers and spilled bytes from a cubin.
 
     Spills live in the stack frame. So do local arrays that the compiler cannot index at compile time; they cost as much
     and count as spills. A frame that no instruction touches counts as none: ptxas of Triton 3.9 leaves such behind.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
+        cubin.write_bytes(binary)
         text = _output(NVIDIA_BIN / "cuobjdump", "-res-usage", cubin)
         usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
         if usage is None:
@@ -151,6 +152,12 @@ def amd_resources(kernel: Any) -> dict[str, int]:
     return {"registers": values["vgpr_count"], "spills": values["vgpr_spill_count"]}
 
 
+def assembled(kernel: Any, target: Target) -> bytes:
+    """Let Triton assemble the PTX of a compiled kernel for another target; return the cubin."""
+    backend = make_backend(GPUTarget(target.backend, target.arch, target.warp_size))
+    return backend.make_cubin(kernel.asm["ptx"], {}, kernel.metadata, target.arch)
+
+
 def _output(program: Path, *arguments: str | Path) -> str:
     """Run a program and return what it prints; raise with that text when it fails."""
     done = subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -160,10 +167,11 @@ def _output(program: Path, *arguments: str | Path) -> str:
 
 
 def compile_case(case: Case, target: Target, seen: set[str]) -> Iterator[dict[str, Any]]:
-    """Launch one case and yield a row for each kernel that no earlier case made."""
+    """Launch one case; for each kernel that no earlier case made, yield a row of every target that its PTX is for."""
     made: list[Any] = []
     launched = device.OPS[case.op]
     row: dict[str, Any] = {"op": case.op, "case": case.name, "target": target.name}
+    others = [other for other in TARGETS.values() if other.ptx_of == target.name]
     args, kwargs = case.make(torch.device("cpu"), "empty")
     try:
         with launches_only_compile(made), device.implementation("launch"), NoArithmetic():
@@ -174,9 +182,11 @@ def compile_case(case: Case, target: Target, seen: set[str]) -> Iterator[dict[st
     for kernel in made:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            resources = amd_resources(kernel) if target.backend == "hip" else nvidia_resources(kernel)
-            metadata = kernel.metadata
-            yield {**row, "kernel": kernel.name, "shared": metadata.shared, "warps": metadata.num_warps, **resources}
+            is_hip = target.backend == "hip"
+            row |= {"kernel": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+            yield row | (amd_resources(kernel) if is_hip else nvidia_resources(kernel.asm["cubin"]))
+            for other in others:
+                yield row | {"target": other.name} | nvidia_resources(assembled(kernel, other))
 
 
 def main(target: Target, cases: Iterable[Case], out: TextIO) -> None:
