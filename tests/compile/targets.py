@@ -36,3 +36,8 @@ TARGETS: dict[str, Target] = {
         Target("sm_89", "cuda", 89, 32, 99 * KIB, 128, ptx_of="sm_86"),
     )
 }
+
+
+def followers(name: str) -> list[Target]:
+    """Return the targets for which the PTX of one is assembled."""
+    return [target for target in TARGETS.values() if target.ptx_of == name]

@@ -34,7 +34,7 @@ import qinfer.kernels
 from qinfer.bench.case import Case
 from qinfer.bench.cases import CASES
 from qinfer.kernels import device
-from tests.compile.targets import TARGETS, Target
+from tests.compile.targets import TARGETS, Target, followers
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.zeros}
@@ -171,7 +171,6 @@ def compile_case(case: Case, target: Target, seen: set[str]) -> Iterator[dict[st
     made: list[Any] = []
     launched = device.OPS[case.op]
     row: dict[str, Any] = {"op": case.op, "case": case.name, "target": target.name}
-    others = [other for other in TARGETS.values() if other.ptx_of == target.name]
     args, kwargs = case.make(torch.device("cpu"), "empty")
     try:
         with launches_only_compile(made), device.implementation("launch"), NoArithmetic():
@@ -185,7 +184,7 @@ def compile_case(case: Case, target: Target, seen: set[str]) -> Iterator[dict[st
             is_hip = target.backend == "hip"
             row |= {"kernel": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
             yield row | (amd_resources(kernel) if is_hip else nvidia_resources(kernel.asm["cubin"]))
-            for other in others:
+            for other in followers(target.name):
                 yield row | {"target": other.name} | nvidia_resources(assembled(kernel, other))
 
 

@@ -70,7 +70,8 @@ def soak_bundled(count: int) -> Counter[str]:
         prompt = [random.randrange(2, model.config.vocab_size) for _ in range(random.randrange(1, 40))]
         params = SamplingParams(seed=number, temperature=number % 3 / 2, max_new_tokens=random.randrange(1, 20))
         known.append((prompt, params, alone.generate(prompt, params).token_ids))
-    model.decoder = decoder = Failing(model.decoder)  # type: ignore[assignment]
+    decoder: Any = Failing(model.decoder)
+    model.decoder = decoder
     gen = Generator(model, kv_format="fp32", max_tokens=256, page_size=16, max_batch=8, max_step_tokens=32)
     return run(gen, lambda number: known[number % len(known)], decoder.fail, count)
 
