@@ -62,7 +62,7 @@ class Intake:
             number: The id of the request; None takes the next one.
         """
         params = SamplingParams() if params is None else params
-        _check_kinds(prompt, params, lora)
+        _check_kinds(prompt, params)
         if lora is not None:
             self._model.check_lora(lora)
         params.check_vocabulary(self._model.config.vocab_size)
@@ -123,11 +123,9 @@ class Intake:
         return self._model.tokenizer.encode(prompt)
 
 
-def _check_kinds(prompt: object, params: object, lora: object) -> None:
+def _check_kinds(prompt: object, params: object) -> None:
     """Raise a TypeError where an argument is of a kind that no request has."""
     if isinstance(prompt, (bytes, bytearray)):
         raise TypeError("a prompt must be text or token ids, got bytes; decode them first")
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params must be SamplingParams or None, got {type(params).__name__}")
-    if lora is not None and not isinstance(lora, Lora):
-        raise TypeError(f"lora must be what Model.load_lora returned, or None, got {type(lora).__name__}")

@@ -117,7 +117,9 @@ class Loras:
         self._loaded.pop(number).is_loaded = False
 
     def check(self, lora: Lora) -> None:
-        """Raise ValueError unless an adapter is loaded here."""
+        """Raise TypeError unless it is an adapter, and ValueError unless it is loaded here."""
+        if not isinstance(lora, Lora):
+            raise TypeError(f"lora must be what Model.load_lora returned, got {type(lora).__name__}")
         if self._loaded.get(lora.id) is not lora:
             problem = "belongs to another model" if lora.is_loaded else "was unloaded"
             raise ValueError(f"the adapter {lora.name!r} {problem}; Model.load_lora loads one")

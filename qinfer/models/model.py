@@ -202,7 +202,7 @@ class Model:
         return None if number is None else self._loras.find(number)
 
     def check_lora(self, lora: Lora) -> None:
-        """Raise ValueError unless this model has loaded an adapter."""
+        """Raise TypeError unless it is an adapter, and ValueError unless this model has loaded it."""
         self._loras.check(lora)
 
     def logits(self, token_ids: Sequence[int] | Tensor, *, lora: Lora | None = None) -> Tensor:

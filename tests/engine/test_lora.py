@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -144,6 +144,9 @@ def test_loading_while_asynchronous_streams_are_open(model: Model, folder: Path,
 def test_one_adapter_per_prompt(model: Model, folder: Path) -> None:
     with pytest.raises(ValueError, match="lora must be one or a list of 1, one per prompt, got 2"):
         generator(model).generate([PROMPT], GREEDY, lora=load(model, folder)[:2])
+    not_loaded: Any = "folder"
+    with pytest.raises(TypeError, match=r"lora must be what Model.load_lora returned, got str"):
+        generator(model).submit(PROMPT, GREEDY, lora=not_loaded)
 
 
 def test_steps_without_adapters_do_without_them(model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,10 @@ def test_adapters_come_and_go(llama: Path, tmp_path: Path) -> None:
             model.logits(IDS, lora=wrong)
         with pytest.raises(ValueError, match=text):
             model.unload_lora(wrong)
+    folder: Any = "folder"
+    for use in (lambda: model.logits(IDS, lora=folder), lambda: model.unload_lora(folder)):
+        with pytest.raises(TypeError, match=r"lora must be what Model.load_lora returned, got str"):
+            use()
 
 
 def test_rows_of_one_step_have_adapters_of_their_own(llama: Path, tmp_path: Path) -> None:
