@@ -45,7 +45,7 @@ from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_split
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
-from qinfer.kernels.kv_tile import has_scales, load_scales, num_planes
+from qinfer.kernels.kv_tile import has_scales, load_scales, log2_of, num_planes
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_HEAD_DIM = 256
@@ -211,14 +211,14 @@ def _paged_attention_kernel(
     wait_for_inputs(OVERLAP)
     p_queries = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
     b_x = tl.load(p_queries[:, None] + o_d[None, :], mask=m_out, other=0.0)
-    b_q, b_factor = prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME)
+    b_q, b_factor, b_offset = prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME, PTX)
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # With few rows, sums over keys meet behind the loop: a tile then has one reduction across warps, not two.
     LATE_SUM: tl.constexpr = BLOCK_M <= 16
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M) if KEYS_FIRST else (BLOCK_M, BLOCK_N)
     b_sum = tl.zeros(TILE if LATE_SUM else [BLOCK_M], tl.float32)
-    b_acc = no_sums(BLOCK_M, BLOCK_D, num_planes(V_SCHEME), KEYS_FIRST)
+    b_acc = no_sums(BLOCK_M, BLOCK_D, V_SCHEME, KEYS_FIRST)
     b_q = turned(b_q, num_planes(K_SCHEME), KEYS_FIRST)
     KEY_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
     p_k += i_head.to(tl.int64) * s_k_head
@@ -227,12 +227,12 @@ def _paged_attention_kernel(
         b_key = i_tile * BLOCK_N
         b_next = tl.load(p_table + (b_key + BLOCK_N) // PAGE_SIZE, mask=i_tile + 1 < b_tile_stop, other=0)
         i_page = b_page.to(tl.int64)
-        o_row = (b_key % PAGE_SIZE + tl.arange(0, BLOCK_N)).to(tl.int64)
+        o_row = b_key % PAGE_SIZE + tl.arange(0, BLOCK_N)
         o_key = b_key + tl.arange(0, BLOCK_N)
         # Rows of a page beyond the sequence may hold NaN, and a probability of 0 times NaN is NaN.
         m_key = o_key < b_stop
         b_scores = scores(
-            b_q, b_factor, p_k + i_page * s_k_page, p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
+            b_q, b_factor, b_offset, p_k + i_page * s_k_page, p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
             o_row, m_key, K_ROW, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP, PTX, KEYS_FIRST,
         )  # fmt: skip
         # Every query of a block sees all keys of the tiles in front of its first one.
@@ -243,9 +243,9 @@ def _paged_attention_kernel(
             b_scores = tl.where(m_seen, b_scores, float("-inf"))
         b_bound = b_scores
         if has_scales(V_SCHEME):
-            b_scale = load_scales(p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE + o_row, m_key)
+            b_scale = load_scales(p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE, o_row, m_key)
             # Not that of zero, which has no logarithm: where all scales are tiny, sums of weights would be infinite.
-            b_bound += along_keys(tl.log2(tl.maximum(b_scale, MIN_SCALE)), KEYS_FIRST)
+            b_bound += along_keys(log2_of(tl.maximum(b_scale, MIN_SCALE)), KEYS_FIRST)
         b_new_max = tl.maximum(b_max, tl.max(b_bound, axis=KEY_AXIS))
         # A row that has seen nothing yet would compute -inf - -inf.
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
@@ -267,7 +267,7 @@ def _paged_attention_kernel(
 
     if LATE_SUM:
         b_sum = tl.sum(b_sum, axis=KEY_AXIS)
-    b_out = finished(b_acc, b_sum, DTYPE, RUN, V_SCHEME, KEYS_FIRST)
+    b_out = finished(b_acc, b_sum, DTYPE, RUN, HEAD_DIM, V_SCHEME, PTX, KEYS_FIRST)
     if IS_SPLIT:
         if b_runs > 1:
             if i_split < b_runs:

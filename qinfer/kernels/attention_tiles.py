@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from qinfer.kernels.device import num_sms
+from qinfer.kernels.kv_codec import NUM_PLANES
 
 MAX_SPLITS = 32
 MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
@@ -15,7 +16,7 @@ MIN_BLOCK_N = 16  # smallest key tile; a tile lies in one page
 REGISTERS = {"maxnreg": 255}
 # Decode over codes, in an order, or of padded heads: as many programs per multiprocessor as go without spills, six of
 # two warps over four bits. By scheme, and for the others. Masks and sixteen rows over codes want all registers.
-_DATA_CENTRE: tuple[dict[str, int], int] = ({"plain": 168, "q4": 168, "q6": 255}, 208)
+_DATA_CENTRE: tuple[dict[str, int], int] = ({"plain": 168, "q4": 168}, 255)
 LEAN = {"sm_90": _DATA_CENTRE, "sm_100": _DATA_CENTRE, "sm_120": ({}, 255)}
 RDNA = ("gfx10", "gfx11", "gfx12")
 SAVES_ALWAYS, SAVES_FOR_CODES = ("sm_80", "sm_86", "sm_89"), ("sm_90", "sm_100")
@@ -92,7 +93,9 @@ def choose_tiles(
     else:
         tiles = Tiles(128, 32, 8, 3)
     if is_coded and rows > 16:
-        block_n = tiles.block_n if arch == "sm_90" and tiles.block_m == 64 else min(tiles.block_n, 32)
+        # Of planes of 64 keys by 64 features and 64 by 32 in one place, ptxas 12.8 makes a product that reads anywhere.
+        is_safe = NUM_PLANES[schemes[0]] != 2 or NUM_PLANES[schemes[1]] != 4
+        block_n = tiles.block_n if arch == "sm_90" and tiles.block_m == 64 and is_safe else min(tiles.block_n, 32)
         tiles = tiles._replace(block_n=block_n, num_stages=min(tiles.num_stages, 2))
     # Every stage but the one in registers is a buffer of keys and one of values; there is less room for them on AMD.
     # The largest power of two that divides the page size bounds a tile that lies in one page.

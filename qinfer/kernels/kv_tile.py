@@ -6,14 +6,18 @@ moves nothing between threads, and a row falls into P products that share the wo
 order of them, and sums over tokens stay apart. P is 4 for codes of four and six bits (whose upper two bits are bytes
 of their own, one for each word) and 2 for bytes.
 
-On NVIDIA two words share a register and become two packed halves: a field moved under the exponent of 1024 is the
-mantissa's integer part, from which one addition takes 1024 and the middle of the codes. Elsewhere and in the
-interpreter integer arithmetic gives the same numbers.
+On NVIDIA two words share a register and become two packed halves. A code in the lowest bits of a half, with nothing
+above it, is a subnormal number, code 2^-24, which tensor cores multiply exactly: decoding is cutting it out. Two things
+are left for the products to put right (`attention_products.py`). Odd planes of four leave the code where it is, four
+bits higher, so their numbers are sixteen times those of even ones (`weight_of`). And codes are not centred: a row is
+
+    decoded_d = (step weight_j number_d - zero) scale,    d in plane j,
+
+of which zero stands outside of a sum over d or over rows, times the sum of what the numbers were multiplied with. In
+the interpreter and on other GPUs integer arithmetic gives the same numbers, times 2^24 (`step_of`).
 """
 
 from __future__ import annotations
-
-import struct
 
 import triton
 import triton.language as tl
@@ -36,8 +40,28 @@ def grid_of(scheme, what):
 
 @triton.constexpr_function
 def is_rotated(scheme):
-    """Say whether rows are rotated."""
+    """Say whether rows are rotated; those are the ones whose codes are integers around a middle."""
     return scheme in ("q8", "q6", "q4")
+
+
+@triton.constexpr_function
+def weight_of(scheme, index):
+    """Return what the numbers of a plane are to be multiplied with, beside those of other planes."""
+    return 16 if _NUM_PLANES.value[scheme] == 4 and index % 2 == 0 else 1
+
+
+@triton.constexpr_function
+def step_of(scheme, ptx):
+    """Return what all numbers of a row are to be multiplied with."""
+    if scheme not in _GRIDS.value:
+        return 1.0
+    return _GRIDS.value[scheme][0] / (16 if _NUM_PLANES.value[scheme] == 4 else 1) * (2.0**24 if ptx else 1.0)
+
+
+@triton.constexpr_function
+def zero_of(scheme):
+    """Return the middle of the codes, which is to be taken from numbers times weight and step."""
+    return float(_GRIDS.value[scheme][1]) if scheme in _GRIDS.value else 0.0
 
 
 @triton.constexpr_function
@@ -145,33 +169,26 @@ def store_rows(
                 tl.store(p_row + HEAD_DIM // 2 + o_quarter, (b_first | b_second << 4).to(tl.uint8), mask=m_quarter)
 
 
-def _moved(source: str, amount: int) -> str:
-    """Write the assembly that moves words left by an amount, or right by a negative one; masks take the spill away."""
-    shift = "shl.b32" if amount > 0 else "shr.u32"
-    return f"{shift} t, {source}, {abs(amount)};" if amount else f"mov.b32 t, {source};"
-
-
-def _centring(value: int) -> str:
-    """Write the assembly that takes a number from both halves of a word."""
-    code = struct.unpack("<H", struct.pack("<e", -value))[0]
-    return f"mov.b32 c, 0x{code:04x}{code:04x}; add.rn.f16x2 $0, t, c;"
-
-
 def _assembly(scheme: str, index: int) -> str:
     """Write the assembly that turns a pair of words ($1; their upper bits $2) into the numbers of one plane."""
-    under = "lop3.b32 t, t, 0x{0}{0}, 0x64006400, 0xea;"
-    if scheme == "q4":
-        body = [_moved("$1", 4 - 4 * index), under.format("00f0"), _centring(1024 + 120)]
-    elif scheme == "q6":
-        body = [_moved("$1", 2 - 4 * index), under.format("003c"), "mov.b32 c, t;", _moved("$2", 6 - 2 * index)]
-        body += ["lop3.b32 t, t, 0x00c000c0, c, 0xea;", _centring(1024 + 126)]
-    elif scheme == "q8":
-        body = [_moved("$1", -8 * index), under.format("00ff"), _centring(1024 + 128)]
-    else:
+    half, is_odd = divmod(index, 2)
+    if scheme in ("e5m2", "e4m3"):
         body = ["and.b32 t, $1, 0xff00ff00;" if index else "prmt.b32 t, $1, 0, 0x2404;"]
         if scheme == "e4m3":
             body += ["shr.u32 c, t, 1;", "and.b32 c, c, 0x3f803f80;", "lop3.b32 t, t, 0x80008000, c, 0xea;"]
         body.append("mov.b32 $0, t;")
+    elif scheme == "q8":
+        body = ["shr.u32 t, $1, 8;" if index else "mov.b32 t, $1;", "and.b32 $0, t, 0x00ff00ff;"]
+    else:
+        # What a shift moves from one half into the other falls outside the masks.
+        body = ["shr.u32 t, $1, 8;" if half else "mov.b32 t, $1;"]
+        mask = "0x00f000f0" if is_odd else "0x000f000f"
+        if scheme == "q4":
+            body.append(f"and.b32 $0, t, {mask};")
+        else:
+            body.append(f"shl.b32 c, $2, {4 + 4 * is_odd - 2 * index};")
+            body.append(f"and.b32 c, c, {'0x03000300' if is_odd else '0x00300030'};")
+            body.append(f"lop3.b32 $0, t, {mask}, c, 0xea;")
     return " ".join(["{", ".reg .b32 t, c;", *body, "}"])
 
 
@@ -188,7 +205,7 @@ def _plane_asm(scheme, index):
 
 @triton.jit
 def plane(b_words, b_upper, INDEX: tl.constexpr, DTYPE: tl.constexpr, SCHEME: tl.constexpr, PTX: tl.constexpr):
-    """Return one plane of a tile of words, without the scales, in fp16 or fp32.
+    """Return the numbers of one plane of a tile of words, in fp16 or fp32.
 
     Args:
         b_words: int16.
@@ -209,19 +226,35 @@ def plane(b_words, b_upper, INDEX: tl.constexpr, DTYPE: tl.constexpr, SCHEME: tl
         b_plane = b_high.to(tl.float16, bitcast=True)
     else:
         PLANES: tl.constexpr = num_planes(SCHEME)
-        b_code = b_words.to(tl.int32) >> (16 // PLANES * INDEX) & ((1 << 16 // PLANES) - 1)
+        PLACE: tl.constexpr = 4 * (INDEX % 2) if PLANES == 4 else 0
+        b_code = b_words.to(tl.int32) >> (8 * (INDEX // 2) if PLANES == 4 else 8 * INDEX)
+        b_code &= 15 << PLACE if PLANES == 4 else 255
         if SCHEME == "q6":
-            b_code |= (b_upper.to(tl.int32) >> (2 * INDEX) & 3) << 4
-        b_plane = (b_code * grid_of(SCHEME, 0) - grid_of(SCHEME, 1)).to(tl.float16)
+            b_code |= (b_upper.to(tl.int32) >> (2 * INDEX) & 3) << (4 + PLACE)
+        b_plane = b_code.to(tl.float16)
     return b_plane.to(DTYPE)
 
 
 @triton.jit
-def load_scales(p_scales, o_scale, m_scale):
-    """Load scales in fp32, zero where masked; o_scale begins at an even number and ascends by one.
+def load_scales(p_scales, o_first, o_row, m_row):
+    """Load the scales of a tile of rows in fp32, zero where masked.
 
     As 32-bit words of two, because Triton's pipeline fetches nothing narrower ahead of its use.
+
+    Args:
+        p_scales: bf16.
+        o_first: where the first row of the page has its scale, an even number.
+        o_row: [N] rows of the page, from an even one on, one after the other.
+        m_row: [N] rows whose scales are wanted.
     """
-    p_pairs = p_scales.to(tl.pointer_type(tl.int32), bitcast=True) + (o_scale >> 1)
-    b_pair = tl.load(p_pairs, mask=m_scale, other=0)
-    return tl.where(o_scale & 1 != 0, b_pair & -65536, b_pair << 16).to(tl.float32, bitcast=True)
+    p_pairs = p_scales.to(tl.pointer_type(tl.int32), bitcast=True) + (o_first >> 1)
+    b_pair = tl.load(p_pairs + (o_row >> 1), mask=m_row, other=0)
+    # Not from o_row: a thread's own rows are all even or all odd, and the compiler sees it here.
+    b_left = 16 - 16 * (tl.arange(0, o_row.shape[0]) & 1)
+    return (b_pair << b_left & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log2_of(b_scale):
+    """Return the logarithm of positive numbers, at most 0.09 too small: the bits of a float are almost that already."""
+    return tl.fma(b_scale.to(tl.int32, bitcast=True).to(tl.float32), 2.0**-23, -127.0)

@@ -26,7 +26,7 @@ from torch import Tensor
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
 from qinfer.kernels.kv_codec import KVPages, encode, run_length
-from qinfer.kernels.kv_tile import store_rows
+from qinfer.kernels.kv_tile import is_rotated, store_rows
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.parts import add_up, as_parts, load_sum
 from qinfer.kernels.rmsnorm import rmsnorm
@@ -99,14 +99,15 @@ def _angles(p_cos, p_sin, o_d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def _turned(
-    p_x, stride_part, o_d, m_x, b_cos, b_sin, o_partner, p_weight, eps, D: tl.constexpr, NUM_PARTS: tl.constexpr
-):
+    p_x, stride_part, o_d, m_x, b_cos, b_sin, o_partner, p_weight, eps, D: tl.constexpr, NUM_PARTS: tl.constexpr,
+    IS_MOVED: tl.constexpr,
+):  # fmt: skip
     """Add up rows [M, D] from p_x [M, 1], normalize them if there is a weight, and turn them by one position's angles.
 
     Each feature stands beside its partner, which is loaded for itself: moving it between threads would cost more.
     """
-    b_x = load_sum(p_x + o_d, stride_part, m_x, NUM_PARTS)
-    b_partner = load_sum(p_x + o_partner, stride_part, m_x, NUM_PARTS)
+    b_x = load_sum(p_x + o_d, stride_part, m_x, NUM_PARTS, IS_MOVED)
+    b_partner = load_sum(p_x + o_partner, stride_part, m_x, NUM_PARTS, IS_MOVED)
     if p_weight is not None:
         b_factor = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)[:, None]
         b_x *= b_factor * tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
@@ -156,7 +157,7 @@ def _kv_write_kernel(
             o_h = (i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
             m_q = (o_h < H) & (o_d < D)
             p_q_rows = p_q + i_t * s_k_token + o_h * s_k_head
-            b_q = _turned(p_q_rows, s_part, o_d, m_q, b_cos, b_sin, o_partner, p_q_weight, eps, D, NUM_PARTS)
+            b_q = _turned(p_q_rows, s_part, o_d, m_q, b_cos, b_sin, o_partner, p_q_weight, eps, D, NUM_PARTS, False)
             tl.store(p_out + (i_t * H + o_h) * D + o_d, b_q.to(p_out.dtype.element_ty), mask=m_q)
     else:
         i_block -= Q_BLOCKS
@@ -167,14 +168,18 @@ def _kv_write_kernel(
         if i_block < KV_BLOCKS:
             p_rows = p_k + i_t * s_k_token + o_g[:, None] * s_k_head
             if HALF > 0:
-                b_k = _turned(p_rows, s_part, o_d, m_x, b_cos, b_sin, o_partner, p_k_weight, eps, D, NUM_PARTS)
+                b_k = _turned(
+                    p_rows, s_part, o_d, m_x, b_cos, b_sin, o_partner, p_k_weight, eps, D, NUM_PARTS,
+                    is_rotated(K_SCHEME),
+                )  # fmt: skip
             else:
                 b_k = tl.load(p_rows + o_d, mask=m_x, other=0.0)
             o_codes = i_page * s_k_page + o_g * s_k_page_head + i_row * s_k_row
             o_scales = i_page * s_k_scale + o_g * S + i_row
             store_rows(b_k.to(K_DTYPE), p_k_codes, p_k_scales, o_codes, o_scales, m_g, D, RUN, K_SCHEME)
         else:
-            b_v = load_sum(p_v + i_t * s_v_token + o_g[:, None] * s_v_head + o_d, s_part, m_x, NUM_PARTS)
+            p_values = p_v + i_t * s_v_token + o_g[:, None] * s_v_head + o_d
+            b_v = load_sum(p_values, s_part, m_x, NUM_PARTS, is_rotated(V_SCHEME))
             o_codes = i_page * s_v_page + o_g * s_v_page_head + i_row * s_v_row
             o_scales = i_page * s_v_scale + o_g * S + i_row
             store_rows(b_v.to(V_DTYPE), p_v_codes, p_v_scales, o_codes, o_scales, m_g, D, RUN, V_SCHEME)

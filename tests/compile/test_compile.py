@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from qinfer.bench.cases import CASES
@@ -23,7 +25,7 @@ def test_kernels_compile(name: str) -> None:
     assert not idle, f"no case of these ops launches a kernel: {sorted(idle)}"
 
 
-def _report(target: str, **changes: int) -> Report:
+def _report(target: str, **changes: Any) -> Report:
     row = {
         "kernel": "k",
         "op": "o",
@@ -44,9 +46,10 @@ def _report(target: str, **changes: int) -> Report:
         ("sm_86", {"shared": 99 * KIB + 1}, "shared memory"),
         ("gfx942", {"shared": 64 * KIB + 1}, "shared memory"),
         ("sm_100", {"registers": 4}, "does nothing"),
+        ("sm_90", {"unwritten": ["UIADD3 UR26, UP0, UR26, 0x40, URZ"]}, "nothing wrote: UIADD3 UR26"),
     ],
 )
-def test_offenders_are_named(target: str, changes: dict[str, int], complaint: str) -> None:
+def test_offenders_are_named(target: str, changes: dict[str, Any], complaint: str) -> None:
     assert _report(target).offenders() == []
     (offender,) = _report(target, **changes).offenders()
     assert complaint in offender

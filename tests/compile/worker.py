@@ -34,6 +34,7 @@ import qinfer.kernels
 from qinfer.bench.case import Case
 from qinfer.bench.cases import CASES
 from qinfer.kernels import device
+from tests.compile.sass import unwritten
 from tests.compile.targets import TARGETS, Target, followers
 
 aten = torch.ops.aten
@@ -124,8 +125,8 @@ def launches_only_compile(made: list[Any]) -> Iterator[None]:
         JITFunction.run = run
 
 
-def nvidia_resources(binary: bytes) -> dict[str, int]:
-    """Read registers and spilled bytes from a cubin.
+def nvidia_resources(binary: bytes, ptx: str) -> dict[str, Any]:
+    """Read registers and spilled bytes from a cubin, and what reads registers that nothing wrote.
 
     Spills live in the stack frame. So do local arrays that the compiler cannot index at compile time; they cost as much
     and count as spills. A frame that no instruction touches counts as none: ptxas of Triton 3.9 leaves such behind.
@@ -139,9 +140,11 @@ def nvidia_resources(binary: bytes) -> dict[str, int]:
             raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
         registers, stack, local = (int(value) for value in usage.groups())
         spills = stack + local
-        if spills and re.search(r"\b(STL|LDL)\b", _output(NVIDIA_BIN / "cuobjdump", "-sass", cubin)) is None:
+        is_described = "wgmma." in ptx  # the products that find an operand by uniform registers
+        listing = _output(NVIDIA_BIN / "cuobjdump", "-sass", cubin) if spills or is_described else ""
+        if spills and re.search(r"\b(STL|LDL)\b", listing) is None:
             spills = 0
-    return {"registers": registers, "spills": spills}
+    return {"registers": registers, "spills": spills, "unwritten": unwritten(listing) if is_described else []}
 
 
 def amd_resources(kernel: Any) -> dict[str, int]:
@@ -183,9 +186,13 @@ def compile_case(case: Case, target: Target, seen: set[str]) -> Iterator[dict[st
             seen.add(kernel.hash)
             is_hip = target.backend == "hip"
             row |= {"kernel": kernel.name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-            yield row | (amd_resources(kernel) if is_hip else nvidia_resources(kernel.asm["cubin"]))
+            if is_hip:
+                yield row | amd_resources(kernel)
+                continue
+            ptx = kernel.asm["ptx"]
+            yield row | nvidia_resources(kernel.asm["cubin"], ptx)
             for other in followers(target.name):
-                yield row | {"target": other.name} | nvidia_resources(assembled(kernel, other))
+                yield row | {"target": other.name} | nvidia_resources(assembled(kernel, other), ptx)
 
 
 def main(target: Target, cases: Iterable[Case], out: TextIO) -> None:
