@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from math import ceil
 import torch
 
 from qinfer.kernels.operand import FIELDS, SLICE_K, Operand, PlaneOperand, SegmentedOperand, tile_k
+from qinfer.quant.exl2 import kept_widths
 
 Make = Callable[[int, int, torch.device], Operand]
 
@@ -55,8 +57,11 @@ def random_segments(
     rows = {bits: round(k * share / group_size) * group_size for bits, share in shares.items()}
     most = max(shares, key=lambda bits: shares[bits])
     rows[most] += k - sum(rows.values())
+    counts = Counter[int]()
+    for bits, kept in kept_widths(rows).items():
+        counts[kept] += rows[bits]
     make = partial(random_planes, n=n, device=device, group_size=group_size, fan_in=k)
-    return SegmentedOperand(tuple(make(count, bits=bits) for bits, count in rows.items() if count > 0))
+    return SegmentedOperand(tuple(make(count, bits=bits) for bits, count in counts.items() if count > 0))
 
 
 def _planes(bits: int, group_size: int = 128, *, symmetric: bool = True) -> Recipe:
@@ -76,7 +81,7 @@ PACKED: dict[str, Recipe] = {
     "int4-g32": _planes(4, 32),
     "int4-g64": _planes(4, 64),
     "int4-g128-asym": _planes(4, symmetric=False),
-    # What ExLlamaV2 writes: most rows at the width next to the mean, some at its neighbours.
+    # What ExLlamaV2 writes: most rows at the width next to the mean, some at its neighbours. Bits are those of files.
     "exl2-3.0": _mix({4: 0.15, 3: 0.7, 2: 0.15}),
     "exl2-4.0": _mix({5: 0.1, 4: 0.8, 3: 0.1}),
     "exl2-4.25": _mix({6: 0.05, 5: 0.25, 4: 0.6, 3: 0.1}),

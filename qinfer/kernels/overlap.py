@@ -3,12 +3,12 @@
 A kernel that takes part (programmatic dependent launch) follows these rules:
 - `wait_for_inputs` comes before the first access to anything that another kernel writes or reads, and every program
   runs it: it returns when the kernel before has finished, and because that one waited too, everything before it has.
-  Constants (weights, scales, tables) may be read, or fetched into the L2 cache, ahead of it.
+  Constants (weights, scales, tables) may be read ahead of it.
 - In a pipelined loop that reads both, `offset_of_inputs` is part of the address of the inputs: then the pipeline loads
   the first constants, waits, and loads the first inputs. A `wait_for_inputs` behind the loop keeps rule one for
   programs that have no step.
 - `let_next_start` says that the next kernel may take the multiprocessors that this one leaves free. A kernel of few
-  programs says it at once. One that fills the GPU says it behind its main loop: said earlier, programs of the next
+  programs says it at once, and behind its wait where it waits for what comes from other ranks. One that fills the GPU says it behind its main loop: said earlier, programs of the next
   kernel sit where its own last programs could run (benchmarks/LOG.md).
 - The launch passes `**overlap(x)`, which holds OVERLAP for the kernel and the option for the driver.
 
@@ -28,7 +28,6 @@ from qinfer.env import settings
 from qinfer.kernels.device import arch
 
 FIRST_ARCH = 90  # Hopper
-CHUNK = tl.constexpr(512)  # bytes that one thread fetches
 
 
 @cache
@@ -74,28 +73,3 @@ def let_next_start(OVERLAP: tl.constexpr):
     """Let the next kernel start as soon as every program of this one has come here or ended."""
     if OVERLAP:
         gdc_launch_dependents()
-
-
-@triton.jit
-def fetch(p_chunks, m_chunks):
-    """Bring chunks of CHUNK bytes into the L2 cache, without waiting for them.
-
-    Args:
-        p_chunks: [number of threads] addresses, multiples of 16 bytes; with fewer, threads repeat each other.
-        m_chunks: which of them to fetch.
-    """
-    tl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred %wanted;
-            setp.ne.u32 %wanted, $2, 0;
-            @%wanted cp.async.bulk.prefetch.L2.global [$1], 512;
-            mov.u32 $0, 0;
-        }
-        """,
-        "=r,l,r",
-        [p_chunks.to(tl.int64), m_chunks.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -103,7 +103,6 @@ def _add_rmsnorm_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    let_next_start(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     p_residual += i_row * stride_residual
     p_delta += i_row * stride_delta
@@ -111,6 +110,8 @@ def _add_rmsnorm_kernel(
     m_c = o_c < C
     b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
     wait_for_inputs(OVERLAP)
+    # Not before: between ranks this waits for a sum, and weights of the product behind it would be in the sum's way.
+    let_next_start(OVERLAP)
     b_x = tl.load(p_residual + o_c, mask=m_c, other=0.0) + tl.load(p_delta + o_c, mask=m_c, other=0.0).to(tl.float32)
     tl.store(p_residual + o_c, b_x, mask=m_c)
     b_y = _normalize(b_x, b_weight, eps, C).to(p_out.dtype.element_ty)

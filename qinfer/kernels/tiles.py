@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
+
+import triton
 
 from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, step_k, tile_k
 
@@ -35,6 +38,9 @@ MAX_ROWS = {"sm_90": 64, "sm_100": 64}
 REGISTERS = 168
 SAVING = {"sm_100": ((2, 3, 4), 64), "sm_120": ((4,), 16)}
 LEAN_REGISTERS = 96  # the same for ten programs of two warps, with 4 bits
+# And with several widths, by warps: what eight programs of two warps may have, and two of four. Said to ptxas of
+# Triton 3.6, it takes spills away; said to that of 3.9, it makes them.
+MIXED_REGISTERS = {2: 120, 4: 232} if triton.__version__.startswith("3.6.") else {}
 # GPUs that have tiles of their own for many rows and for mixed widths: elsewhere nobody has measured them, mixtures
 # spill, and for sm_100 Triton 3.6 makes a kernel that only traps of weights that are scaled before their product.
 MEASURED = ("sm_90",)
@@ -109,7 +115,7 @@ def lookup(
     if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and group_size >= 32 and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
     if len(set(widths)) > 1 and m <= FEW_ROWS and arch in MEASURED:
-        return mixed_rule(num_sms, n, k)
+        return mixed_rule(num_sms, m, n, k, widths)
     if m <= FUSED_ROWS:
         return rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
     if arch in MEASURED and m <= 2 * wide_rows(widths):
@@ -136,6 +142,9 @@ def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
     """Return the option of a launch that sets the limit of registers, if a tile needs one."""
     if tile.block_m == LEAN_ROWS and tile.warps == 2 and widths == (4,) and arch.startswith("sm_"):
         return {"maxnreg": LEAN_REGISTERS}
+    if tile.block_m == LEAN_ROWS and tile.warps in MIXED_REGISTERS and len(set(widths)) > 1:
+        is_long = has_long_steps(widths) and tile.warps == 2
+        return {} if is_long else {"maxnreg": MIXED_REGISTERS[tile.warps]}
     saving, max_rows = SAVING.get(arch, ((), 0))
     is_saving = len(widths) == 1 and widths[0] in saving and tile.block_m <= max_rows
     return {"maxnreg": REGISTERS} if is_saving and tile.warps == 4 else {}
@@ -180,14 +189,20 @@ def lean_rule(num_sms: int, n: int, k: int, bits: int) -> Tile:
     return Tile(LEAN_ROWS, block_n, split_k, 2, 3 if shared_bytes(bits, LEAN_ROWS, block_n, 3) <= LEAN_BYTES else 2)
 
 
-def mixed_rule(num_sms: int, n: int, k: int) -> Tile:
+def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
     """Return a reasonable tile for up to FEW_ROWS rows and segments of several widths.
 
-    One launch has the registers and the shared memory of its longest step, so its programs are few and large; three of
-    them for two multiprocessors, with segments of short steps deep in flight (`matmul.py`), do as well as more.
+    One launch has the registers and the shared memory of its longest step. Without long ones, and where there are so
+    many outputs that K hardly needs to be cut, many small programs do best, as for one width. Otherwise programs are few
+    and large: three of them for two multiprocessors, with segments of short steps deep in flight (`matmul.py`).
     """
-    programs = -(-n // 128)
-    return Tile(FEW_ROWS, 128, max(1, min(3 * num_sms // (2 * programs), k // MIN_PART, 16)), 4, 2)
+    rows, programs = LEAN_ROWS if m <= LEAN_ROWS else FEW_ROWS, -(-n // 128)
+    if m <= LEAN_ROWS and (not has_long_steps(widths) or programs >= num_sms):
+        programs = -(-n // 64)
+        # About one wave of eight programs to a multiprocessor that is not full, or half a one behind a full one.
+        split_k = ceil(12 * num_sms / programs) if programs > 4 * num_sms else round(6 * num_sms / programs)
+        return Tile(rows, 64, max(1, min(split_k, k // MIN_PART, 16)), 2, 2)
+    return Tile(rows, 128, max(1, min(3 * num_sms // (2 * programs), k // MIN_PART, 16)), 4, 2)
 
 
 def wide_rows(widths: tuple[int, ...]) -> int:

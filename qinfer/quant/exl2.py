@@ -22,7 +22,7 @@ Source: exllamav2 (ext.py, conversion/adaptivegptq.py, the CUDA sources of its d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import ceil
@@ -40,6 +40,10 @@ BITS = (8, 6, 5, 4, 3, 2)
 COLUMNS_STEP = 32  # N is stored as a multiple of it
 LARGEST_ROW = 0xFFFF  # of q_weight that q_groups can name
 LARGEST_VALUE = torch.finfo(torch.float16).max
+# Codes of 3 and 5 bits come in steps of K so long that the fastest tiles have no room for them, and one launch has the
+# registers of its longest step. Where they are few, products read them as codes of 4 and 6 bits of the same value.
+WIDER = {3: 4, 5: 6}
+MOST_GROWTH = 0.05  # of a matrix
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ class EXL2Weight:
             first = groups[0].index
             steps = scales[first : first + len(groups)].repeat_interleave(rows, dim=0)
             # The product is exact in fp32, so it is rounded once.
-            blocks.append(((codes.float() - (1 << (groups[0].bits - 1))) * steps).half())
+            blocks.append(((codes.float() - _middle(groups[0].bits)) * steps).half())
         return torch.cat(blocks)[self.q_invperm.long()].float()
 
     def cuts(self, dim: Dim) -> Sequence[int]:
@@ -231,21 +235,26 @@ class EXL2Weight:
         )
 
     def operand(self, device: torch.device, dtype: torch.dtype) -> PlaneOperand | SegmentedOperand:
-        """Return the codes in planes, a segment per width; scales are s in fp16, whatever the activations are.
+        """Return the codes in planes, a segment per width (`kept_widths`); scales are s in fp16, whatever the activations.
 
         The product (code - 2^(b-1)) * s is not rounded to fp16, as it is by `dequantize`.
         """
         scales = self.scales().to(device)[:, : self.out_features]
+        stored = _groups(self.q_groups, self.q_weight.shape[0])
+        kept = kept_widths({bits: sum(g.num_rows for g in stored if g.bits == bits) for bits in BITS})
         segments = []
-        for groups, codes in self._blocks(device):
+        for width, same in groupby(self._blocks(device), key=lambda block: kept[block[0][0].bits]):
+            blocks = list(same)
+            groups = [group for members, _ in blocks for group in members]
+            codes = torch.cat([block + (_middle(width) - _middle(members[0].bits)) for members, block in blocks])
             first = 0
             for run in _runs(groups):
                 last = first + sum(group.num_rows for group in run)
                 segment = PlaneOperand(
-                    planes=pack_planes(codes[first:last], bits=run[0].bits),
+                    planes=pack_planes(codes[first:last], bits=width),
                     scales=scales[[group.index for group in run]].contiguous(),
                     offsets=None,
-                    bits=run[0].bits,
+                    bits=width,
                     group_size=run[0].num_rows,
                     in_features=last - first,
                 )
@@ -265,6 +274,26 @@ class EXL2Weight:
             words = self.q_weight[first : first + num_rows * bits // 32].to(device)
             first += words.shape[0]
             yield groups, unpack_stream(words, bits, num_rows, 0)[:, : self.out_features]
+
+
+def kept_widths(rows: Mapping[int, int]) -> dict[int, int]:
+    """Return the width at which an operand keeps the codes of each width of a matrix.
+
+    Args:
+        rows: rows of each width.
+
+    Returns:
+        Width in bits -> its own, or the next one of `WIDER` where the matrix grows by at most `MOST_GROWTH`.
+    """
+    kept = {bits: WIDER.get(bits, bits) for bits in rows}
+    growth = sum((kept[bits] - bits) * count for bits, count in rows.items())
+    is_little = growth <= MOST_GROWTH * sum(bits * count for bits, count in rows.items())
+    return kept if is_little else {bits: bits for bits in rows}
+
+
+def _middle(bits: int) -> int:
+    """Return the code that stands for zero."""
+    return 1 << (bits - 1)
 
 
 def _padded(out_features: int) -> int:

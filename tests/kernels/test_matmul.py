@@ -381,7 +381,7 @@ def test_the_rules_for_many_rows_and_mixed_widths_give_legal_tiles(
     assert tile.scaled
     assert tile.split_k == 1 or programs * tile.split_k <= num_sms
     assert max(shared_bytes(bits, tile.block_m, tile.block_n, tile.stages) for bits in widths) <= 200 << 10
-    for found in (tile, mixed_rule(num_sms, n, k)):
+    for found in (tile, mixed_rule(num_sms, m % 16 + 1, n, k, widths)):
         assert found.block_m * found.block_n // found.warps <= 128 * 32, "sums of a thread"
         assert 1 <= found.split_k <= max(1, -(-k // 128))
 
@@ -409,7 +409,8 @@ def test_unknown_gpus_use_the_rule() -> None:
     assert lookup("sm_00", 100, 9, 4096, 4096, (4,), 128, False) == rule(100, 9, 4096, 4096, (4,), max_rows=32)
     assert lookup("sm_00", 100, 1, 4096, 4096, (5,), 128, False) == rule(100, 1, 4096, 4096, (5,), max_rows=32)
     assert lookup("sm_00", 100, 1, 4096, 4096, (5, 4), 128, False) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
-    assert lookup("sm_90", 132, 1, 4096, 4096, (5, 4), 128, False) == mixed_rule(132, 4096, 4096)
+    for m, widths in ((1, (5, 4)), (1, (6, 4)), (16, (6, 4))):
+        assert lookup("sm_90", 132, m, 4096, 4096, widths, 128, False) == mixed_rule(132, m, 4096, 4096, widths)
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
