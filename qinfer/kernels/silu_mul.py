@@ -20,7 +20,6 @@ from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.parts import add_up, as_parts, load_sum
 
 BLOCK = 1024
-FEW_TOKENS, LEAN_BLOCK = 16, 256  # where time is that of loads after loads, many programs share them
 
 
 def silu_mul_reference(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -85,7 +84,7 @@ def silu_mul(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.d
     num_parts, num_tokens, width = parts.shape[0], parts.shape[1], parts.shape[2] // 2
     out = torch.empty((num_tokens, width), dtype=out_dtype or gate_up.dtype, device=gate_up.device)
     if out.numel():
-        block = min(LEAN_BLOCK if num_tokens <= FEW_TOKENS else BLOCK, triton.next_power_of_2(width))
+        block = min(BLOCK, triton.next_power_of_2(width))
         grid = (num_tokens, triton.cdiv(width, block))
         _silu_mul_kernel[grid](
             gate_up, order, out, parts.stride(1), parts.stride(0),

@@ -201,7 +201,7 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
         programs = -(-n // 64)
         # About one wave of eight programs to a multiprocessor that is not full, or half a one behind a full one.
         split_k = ceil(12 * num_sms / programs) if programs > 4 * num_sms else round(6 * num_sms / programs)
-        return Tile(rows, 64, max(1, min(split_k, k // MIN_PART, 16)), 2, 2)
+        return Tile(rows, 64, max(1, min(split_k, k // LEAN_PART, 16)), 2, 2)
     return Tile(rows, 128, max(1, min(3 * num_sms // (2 * programs), k // MIN_PART, 16)), 4, 2)
 
 
