@@ -77,6 +77,13 @@ def through_exllamav2(bits: int) -> Iterator[None]:
         yield
 
 
+def scored(model: Model, ids: list[int], name: str, *, last: int | None = None) -> list[Tensor]:
+    """Return what `log_probabilities` gives with one of FORMATS; a list, so that nothing else is scored so."""
+    bits = EXLLAMAV2.get(name)
+    with through_exllamav2(bits) if bits else nullcontext():
+        return list(log_probabilities(model, ids, MEASURE if bits else name, last=last))
+
+
 def figures(model: Model, pieces: Sequence[list[int]], name: str) -> dict[str, Any]:
     """Return perplexity, divergence and agreement of one format over contexts of equal length."""
     loss = divergence = same = 0.0
@@ -84,15 +91,12 @@ def figures(model: Model, pieces: Sequence[list[int]], name: str) -> dict[str, A
     for ids in pieces:
         targets, place = torch.tensor([*ids[1:], 0], device=model.device), 0
         exact = log_probabilities(model, ids, MEASURE)
-        with through_exllamav2(bits) if bits else nullcontext():
-            # As a whole, so that nothing else is scored this way.
-            measured = list(log_probabilities(model, ids, MEASURE if bits else name))
-        for truth, scored in zip(exact, measured, strict=True):
-            rows = slice(place, min(place + len(scored), len(ids) - 1))
-            loss += F.nll_loss(scored[: rows.stop - rows.start], targets[rows], reduction="sum").item()
-            divergence += (truth.exp() * (truth - scored)).sum().item()
-            same += (truth.argmax(dim=-1) == scored.argmax(dim=-1)).sum().item()
-            place += len(scored)
+        for truth, found in zip(exact, scored(model, ids, name), strict=True):
+            rows = slice(place, min(place + len(found), len(ids) - 1))
+            loss += F.nll_loss(found[: rows.stop - rows.start], targets[rows], reduction="sum").item()
+            divergence += (truth.exp() * (truth - found)).sum().item()
+            same += (truth.argmax(dim=-1) == found.argmax(dim=-1)).sum().item()
+            place += len(found)
     count = sum(map(len, pieces))
     config = model.config
     if bits is None:

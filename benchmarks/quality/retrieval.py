@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from kv_formats import FORMATS
+from kv_formats import FORMATS, scored
 from needles import BORDER, WORDS, answer, numbers, question
-from score import STORYTELLER, default_contexts, documents, log_probabilities, results_file, save, stream, write_table
+from score import STORYTELLER, default_contexts, documents, results_file, save, stream, write_table
 
 from qinfer.bench.measure import environment
 from qinfer.models.model import Model
@@ -68,11 +68,10 @@ def names(model: Model, texts: Sequence[str], length: int, count: int) -> list[T
     return tasks
 
 
-def is_found(model: Model, task: Task, kv_format: str) -> bool:
-    """Say whether greedy decoding would write the answer."""
+def is_found(model: Model, task: Task, name: str) -> bool:
+    """Say whether greedy decoding would write the answer, with one of FORMATS."""
     ids, count = task
-    scored = torch.cat(list(log_probabilities(model, ids[:-1], kv_format, last=count)))
-    return scored.argmax(dim=-1).tolist() == ids[-count:]
+    return torch.cat(scored(model, ids[:-1], name, last=count)).argmax(dim=-1).tolist() == ids[-count:]
 
 
 def main() -> None:

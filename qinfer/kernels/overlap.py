@@ -8,8 +8,9 @@ A kernel that takes part (programmatic dependent launch) follows these rules:
   the first constants, waits, and loads the first inputs. A `wait_for_inputs` behind the loop keeps rule one for
   programs that have no step.
 - `let_next_start` says that the next kernel may take the multiprocessors that this one leaves free. A kernel of few
-  programs says it at once, and behind its wait where it waits for what comes from other ranks. One that fills the GPU says it behind its main loop: said earlier, programs of the next
-  kernel sit where its own last programs could run (benchmarks/LOG.md).
+  programs says it at once, and behind its wait where it waits for what comes from other ranks. One that fills the GPU
+  says it behind its main loop: said earlier, programs of the next kernel sit where its own last programs could run
+  (benchmarks/LOG.md).
 - The launch passes `**overlap(x)`, which holds OVERLAP for the kernel and the option for the driver.
 
 Elsewhere OVERLAP is False and a kernel starts when the one before has finished, as always.

@@ -193,8 +193,8 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
     """Return a reasonable tile for up to FEW_ROWS rows and segments of several widths.
 
     One launch has the registers and the shared memory of its longest step. Without long ones, and where there are so
-    many outputs that K hardly needs to be cut, many small programs do best, as for one width. Otherwise programs are few
-    and large: three of them for two multiprocessors, with segments of short steps deep in flight (`matmul.py`).
+    many outputs that K hardly needs to be cut, many small programs do best, as for one width. Otherwise programs are
+    few and large: three of them for two multiprocessors, with segments of short steps deep in flight (`matmul.py`).
     """
     rows, programs = LEAN_ROWS if m <= LEAN_ROWS else FEW_ROWS, -(-n // 128)
     if m <= LEAN_ROWS and (not has_long_steps(widths) or programs >= num_sms):

@@ -235,8 +235,9 @@ class EXL2Weight:
         )
 
     def operand(self, device: torch.device, dtype: torch.dtype) -> PlaneOperand | SegmentedOperand:
-        """Return the codes in planes, a segment per width (`kept_widths`); scales are s in fp16, whatever the activations.
+        """Return the codes in planes, a segment per width of `kept_widths`.
 
+        Scales are s in fp16, whatever the activations.
         The product (code - 2^(b-1)) * s is not rounded to fp16, as it is by `dequantize`.
         """
         scales = self.scales().to(device)[:, : self.out_features]

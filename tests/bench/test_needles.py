@@ -9,12 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from qinfer.assets import STORYTELLER
 from qinfer.models.model import Model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
+import kv_formats
 import needles
 import retrieval
 import score
@@ -22,6 +24,11 @@ import score
 FUNCTION = re.compile(r'\n\n\ndef name_(\d+)\(\):\n    return "(\w+)"\n\n\n')
 VOCABULARY = ["alpha", "beta", "Gamma", "delta", "ep", "candle", "x1y", "zeta"]
 LENGTH = 4000
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model.load(STORYTELLER, device="cpu")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -56,8 +63,7 @@ def test_every_number_is_tested_or_trained_on() -> None:
     assert len(tested) > 1000
 
 
-def test_a_context_holds_its_needle_and_asks_for_it_at_the_end() -> None:
-    model = Model.load(STORYTELLER, device="cpu")
+def test_a_context_holds_its_needle_and_asks_for_it_at_the_end(model: Model) -> None:
     texts = score.documents(STORYTELLER, None)[:20]
     for ids, count in retrieval.needles(model, texts, 400, 5):
         assert len(ids) == 400
@@ -68,6 +74,20 @@ def test_a_context_holds_its_needle_and_asks_for_it_at_the_end() -> None:
         assert int(number) in needles.numbers(tested=True)
         assert text.endswith(needles.BORDER + needles.question(int(number)) + needles.answer(word))
         assert model.tokenizer.decode(ids[-count:]) == needles.answer(word)
+
+
+@pytest.mark.parametrize("name", ["q8", *kv_formats.EXLLAMAV2])
+def test_formats_of_others_are_asked_too(model: Model, name: str) -> None:
+    ids = model.tokenizer.encode("Once there was a fox. The fox had a red")
+    likeliest = int(score_exactly(model, ids).argmax())
+    task = [*ids, likeliest], 1
+    assert retrieval.is_found(model, task, name)
+    wrong = [*ids, (likeliest + 1) % model.config.vocab_size], 1
+    assert not retrieval.is_found(model, wrong, name)
+
+
+def score_exactly(model: Model, ids: list[int]) -> torch.Tensor:
+    return torch.cat(kv_formats.scored(model, ids, "fp32", last=1))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def model(device: torch.device) -> Model:
     return make("int4-g128", device)
 
 
-@pytest.mark.parametrize("kv_format", [*KV_FORMATS, "k8v4", "kq4vfp8", "kfp16vq6"])
+@pytest.mark.parametrize("kv_format", [*KV_FORMATS, "k8v4", "kfp8vq6", "kq4vfp8", "kfp16vq6"])
 def test_cache_formats(model: Model, kv_format: str) -> None:
     # A number next to a border may fall on its other side in the reference, where codes are few.
     exact = kv_format in ("fp16", "fp32")

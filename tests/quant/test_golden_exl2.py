@@ -273,6 +273,25 @@ def test_the_writer_gives_the_first_rows_the_most_bits() -> None:
     assert torch.equal(weight.q_invperm[order], torch.arange(128, dtype=torch.int32))
 
 
+@pytest.mark.parametrize(
+    ("bits", "kept"),
+    [
+        ({5: 0.1, 4: 0.8, 3: 0.1}, [6, 4]),  # 4.8 % more, and the two narrower segments become one
+        ({8: 0.1, 6: 0.8, 5: 0.1}, [8, 6]),
+        ({5: 0.2, 4: 0.6, 3: 0.2}, [5, 4, 3]),  # 9.6 % more would be too much
+        ({3: 1.0}, [3]),
+    ],
+)
+def test_an_operand_keeps_few_rows_of_long_steps_in_a_bit_more(bits: dict[int, float], kept: list[int]) -> None:
+    order = torch.randperm(640, generator=torch.Generator().manual_seed(0))
+    weight = EXL2Weight.quantize(random_tensor(640, 64, seed=0), bits=bits, group_size=64, permutation=order)
+    operand = weight.operand(torch.device("cpu"), torch.float16)
+    segments = (operand,) if isinstance(operand, PlaneOperand) else operand.segments
+    assert [segment.bits for segment in segments] == kept
+    assert sum(segment.in_features for segment in segments) == 640
+    assert torch.equal(operand_matrix(operand).half().float(), weight.dequantize())
+
+
 def test_zeros_stay_zeros() -> None:
     weight = EXL2Weight.quantize(torch.zeros(64, 32), bits={6: 0.5, 3: 0.5})
     assert not weight.dequantize().any()
