@@ -21,7 +21,7 @@ class Recipe:
     """How random matrices are stored."""
 
     make: Make | None  # of K, N and the device; None: dense, in the dtype of the activations
-    bits: float  # per weight, scales and offsets included
+    bits: float  # per weight as kernels read it, scales and offsets included
     dtype: torch.dtype = torch.float16  # of the activations on a GPU
 
 
@@ -71,9 +71,10 @@ def _planes(bits: int, group_size: int = 128, *, symmetric: bool = True) -> Reci
 
 
 def _mix(shares: dict[int, float]) -> Recipe:
-    """Describe an EXL2 matrix: bits -> share of the rows."""
+    """Describe an EXL2 matrix: bits in the file -> share of the rows."""
     make = partial(random_segments, shares=shares, group_size=128)
-    return Recipe(make, sum(bits * share for bits, share in shares.items()) + 16 / 128)
+    kept = kept_widths({bits: round(1000 * share) for bits, share in shares.items()})
+    return Recipe(make, sum(kept[bits] * share for bits, share in shares.items()) + 16 / 128)
 
 
 PACKED: dict[str, Recipe] = {
@@ -81,7 +82,7 @@ PACKED: dict[str, Recipe] = {
     "int4-g32": _planes(4, 32),
     "int4-g64": _planes(4, 64),
     "int4-g128-asym": _planes(4, symmetric=False),
-    # What ExLlamaV2 writes: most rows at the width next to the mean, some at its neighbours. Bits are those of files.
+    # What ExLlamaV2 writes: most rows at the width next to the mean, some at its neighbours.
     "exl2-3.0": _mix({4: 0.15, 3: 0.7, 2: 0.15}),
     "exl2-4.0": _mix({5: 0.1, 4: 0.8, 3: 0.1}),
     "exl2-4.25": _mix({6: 0.05, 5: 0.25, 4: 0.6, 3: 0.1}),

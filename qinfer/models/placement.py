@@ -11,10 +11,11 @@ from qinfer.models.config import ModelConfig
 from qinfer.models.decoder import Decoder
 from qinfer.parallel.comm import Group
 from qinfer.parallel.plan import Plan, Sizes
+from qinfer.quant.exl2 import HELD_PER_STORED
 
 
 def sizes_of(checkpoint: Checkpoint, config: ModelConfig) -> Sizes:
-    """Add up the parts of a model as they are stored; only headers are read.
+    """Add up the parts of a model as they are held at most, by what is stored; only headers are read.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -30,9 +31,9 @@ def sizes_of(checkpoint: Checkpoint, config: ModelConfig) -> Sizes:
     norms = [name for layer in layers for name in (layer.input_norm, layer.post_attention_norm, layer.router)]
     stored: dict[str, int] = {}
     for name in checkpoint.names():
-        module = name.rpartition(".")[0]
+        module, _, field = name.rpartition(".")
         size = math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
-        stored[module] = stored.get(module, 0) + size
+        stored[module] = stored.get(module, 0) + math.ceil(size * HELD_PER_STORED.get(field, 1.0))
 
     def total(modules: Sequence[str]) -> int:
         return sum(stored.get(module, 0) for module in modules)
