@@ -44,7 +44,8 @@ LARGEST_VALUE = torch.finfo(torch.float16).max
 # registers of its longest step. Where they are few, products read them as codes of 4 and 6 bits of the same value.
 WIDER = {3: 4, 5: 6}
 MOST_GROWTH = 0.05  # of a matrix
-# What operands take of memory, at most, for each byte of a tensor in a file; scales are indices of 4 bits there.
+# What operands take of memory, at most and but for what fills up a last step of K, for each byte of a tensor in a file;
+# scales are indices of 4 bits there.
 HELD_PER_STORED = {"q_weight": 1 + MOST_GROWTH, "q_scale": 4.0}
 
 
