@@ -40,7 +40,7 @@ from qinfer.kernels.attention_products import (
     scores,
     turned,
 )
-from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, store_rows, store_run
+from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, runs_at_once, store_rows, store_run
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
@@ -177,7 +177,7 @@ def _paged_attention_kernel(
     SOFTCAP: tl.constexpr,  # times log2(e); 0: none
     IS_SPLIT: tl.constexpr,
     HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,  # the last program of a block to arrive adds up its runs
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr,  # every sequence fits one query block; see the products
     PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -273,8 +273,8 @@ def _paged_attention_kernel(
             if i_split < b_runs:
                 store_run(
                     p_locks, i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum,
-                    b_start, b_num, o_token, i_head, o_head, m_row, m_out & (b_tile_start < b_tile_stop),
-                    i_split, b_runs, num_splits, GROUP, NUM_HEADS, HEAD_DIM, BLOCK_S, HAS_LOCKS, HAS_ORDER,
+                    b_start, b_num, o_token, i_head, o_head, m_row, m_out,
+                    i_split, b_runs, num_splits, GROUP, NUM_HEADS, HEAD_DIM, CHUNK, HAS_LOCKS, HAS_ORDER,
                 )  # fmt: skip
         elif i_split == 0:
             store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
@@ -429,7 +429,7 @@ def paged_attention(
         SOFTCAP=0.0 if softcap is None else softcap * LOG2_E,
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
-        BLOCK_S=MAX_SPLITS, ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
+        CHUNK=runs_at_once(group, block_d, tiles.num_warps), ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
         PTX=is_ptx_target(q), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **registers(name, tiles, schemes, has_order=order is not None, is_padded=block_d > head_dim), **overlap(q),
     )  # fmt: skip

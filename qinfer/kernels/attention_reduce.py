@@ -3,7 +3,7 @@
     out = sum_i 2^(lse_i - max lse) part_i / sum_i 2^(lse_i - max lse)
 
 parts are [T, H, runs, D] fp32, each normalized by itself, lse [T, H, runs] the base-2 logarithms of their softmax sums;
-a run without keys has -inf there and no part. Results are [T, H * D].
+a run without keys has -inf there and a part of zeros. Results are [T, H * D].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qinfer.kernels.attention_tiles import MAX_SPLITS
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_LOCKS = 1 << 16
-MAX_CHUNK = tl.constexpr(4096)  # numbers that a program adds up at once
+CHUNK_PER_WARP = 2048  # numbers that a program adds up at once: 64 of each thread
 BLOCK_F = 128  # features that one program of the second kernel adds up
 
 
@@ -42,35 +42,35 @@ def store_rows(
 def _reduce_block(
     p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, HAS_ORDER: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Add up the runs of one block, those of all heads of a token at once."""
     HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
-    CHUNK: tl.constexpr = max(1, min(BLOCK_S, MAX_CHUNK // (HEADS * BLOCK_D)))
-    o_g, o_split, o_chunk, o_d = tl.arange(0, HEADS), tl.arange(0, BLOCK_S), tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    o_g, o_chunk, o_d = tl.arange(0, HEADS), tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
     m_g = o_g < GROUP
     m_out = m_g[:, None] & (o_d < HEAD_DIM)[None, :]
     o_head = i_head * GROUP + o_g
     for i_query in range(b_num):
         i_token = (i_first + i_query).to(tl.int64)
         o_row = (i_token * NUM_HEADS + o_head) * num_splits
-        m_lse = m_g[:, None] & (o_split < b_runs)[None, :]
-        p_lses = p_lse + o_row[:, None] + o_split[None, :]
-        b_lse = tl.load(p_lses, mask=m_lse, other=float("-inf"), cache_modifier=".cg")
-        b_max = tl.max(b_lse, axis=1)
-        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_sum = tl.sum(tl.exp2(b_lse - b_max[:, None]), axis=1)
+        b_max = tl.full([HEADS], float("-inf"), tl.float32)
+        b_sum = tl.zeros([HEADS], tl.float32)
         b_out = tl.zeros([HEADS, BLOCK_D], tl.float32)
         for i_chunk in range(tl.cdiv(b_runs, CHUNK)):
-            o_part = i_chunk * CHUNK + o_chunk
-            m_some = m_g[:, None] & (o_part < b_runs)[None, :]
-            o_some = o_row[:, None] + o_part[None, :]
-            b_some = tl.load(p_lse + o_some, mask=m_some, other=float("-inf"), cache_modifier=".cg")
-            # A run without tiles has stored nothing but its sum, of zero.
-            m_part = (b_some > float("-inf"))[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
-            p_part = p_parts + o_some[:, :, None] * HEAD_DIM + o_d[None, None, :]
+            o_run = i_chunk * CHUNK + o_chunk
+            m_run = m_g[:, None] & (o_run < b_runs)[None, :]
+            o_part = o_row[:, None] + o_run[None, :]
+            # Both loads at once: nothing of the second waits for the first.
+            b_lse = tl.load(p_lse + o_part, mask=m_run, other=float("-inf"), cache_modifier=".cg")
+            p_part = p_parts + o_part[:, :, None] * HEAD_DIM + o_d[None, None, :]
+            m_part = m_run[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
             b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
-            b_out += tl.sum(tl.exp2(b_some - b_max[:, None])[:, :, None] * b_part, axis=1)
+            b_new_max = tl.maximum(b_max, tl.max(b_lse, axis=1))
+            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+            b_decay, b_weight = tl.exp2(b_max - b_shift), tl.exp2(b_lse - b_shift[:, None])
+            b_out = b_out * b_decay[:, None] + tl.sum(b_weight[:, :, None] * b_part, axis=1)
+            b_sum = b_sum * b_decay + tl.sum(b_weight, axis=1)
+            b_max = b_new_max
         b_out /= tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
         o_token = i_token + tl.zeros([HEADS], tl.int64)
         store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
@@ -79,8 +79,8 @@ def _reduce_block(
 @triton.jit
 def store_run(
     p_locks, i_lock, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum, i_first, b_num, o_token, i_head, o_head,
-    m_row, m_part, i_split, b_runs, num_splits, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr, HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,
+    m_row, m_out, i_split, b_runs, num_splits, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Store what a run has left of its block, and add the block up if this program is its last one to have come here.
 
@@ -100,20 +100,20 @@ def store_run(
         i_head: KV head of the block.
         o_head: [M] query head of each row.
         m_row: [M] rows that have a query.
-        m_part: [M, BLOCK_D] what is stored: nothing of a run without tiles but its sum, of zero.
+        m_out: [M, BLOCK_D] numbers of those rows that there are.
         i_split: the run.
         b_runs: runs of the block, at most num_splits.
         num_splits: runs that parts have room for.
         GROUP: query heads per KV head.
         NUM_HEADS: H.
         HEAD_DIM: D.
-        BLOCK_S: a power of two not below the number of runs.
+        CHUNK: runs that are added up at once, a power of two.
         HAS_LOCKS: whether the last program adds up; otherwise another kernel will.
         HAS_ORDER: whether features are permuted.
     """
     BLOCK_D: tl.constexpr = b_out.shape[1]
     o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
-    tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], b_out, mask=m_part)
+    tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], b_out, mask=m_out)
     tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
     if HAS_LOCKS:
         # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
@@ -121,7 +121,7 @@ def store_run(
         if tl.atomic_add(p_locks + i_lock, 1, sem="acq_rel") == b_runs - 1:
             _reduce_block(
                 p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
-                GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, BLOCK_S, HAS_ORDER,
+                GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, CHUNK, HAS_ORDER,
             )  # fmt: skip
             tl.store(p_locks + i_lock, 0)
 
@@ -180,6 +180,12 @@ def locks_of(device: torch.device) -> Tensor:
     Launches share them, so all attention of a device must run on one stream at a time.
     """
     return torch.zeros(MAX_LOCKS, dtype=torch.int32, device=device)
+
+
+def runs_at_once(group: int, block_d: int, num_warps: int) -> int:
+    """Return how many runs of all heads of a token a program has room for."""
+    heads: int = triton.next_power_of_2(group)
+    return max(1, min(MAX_SPLITS, CHUNK_PER_WARP * num_warps // (heads * block_d)))
 
 
 def add_runs(parts: Tensor, lse: Tensor, order: Tensor | None, out: Tensor) -> None:

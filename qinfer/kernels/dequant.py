@@ -72,8 +72,12 @@ def _pair(value: float, *, is_bf16: bool) -> str:
     return "0x" + 2 * f"{int.from_bytes(code, 'little'):04x}"
 
 
-def _assembly(bits: int, index: int, *, is_bf16: bool) -> str:
-    """Write the assembly that turns shifted int16 words, one per field, into a packed pair of centred codes."""
+def _assembly(bits: int, index: int, *, is_bf16: bool, has_offset: bool = False) -> tuple[str, float]:
+    """Write the assembly that turns shifted int16 words, one per field, into a packed pair of centred codes.
+
+    Returns:
+        The assembly, and what it adds to the fields in the end. With an offset that is a pair of its second operand.
+    """
     magic, kind = (128.0, "bf16x2") if is_bf16 else (1024.0, "f16x2")
     lines, scales = ["{", ".reg .b32 t0, t1, s0, s1, c;"], []
     for number, (_, position, width, below) in enumerate(_fields(bits, index, is_bf16=is_bf16)):
@@ -82,22 +86,24 @@ def _assembly(bits: int, index: int, *, is_bf16: bool) -> str:
         scales.append(2.0 ** (below - place))
         lines.append(f"lop3.b32 t{number}, ${number + 1}, 0x{mask}, {_pair(magic, is_bf16=is_bf16)}, 0xea;")
         lines.append(f"mov.b32 s{number}, {_pair(scales[-1], is_bf16=is_bf16)};")
-    lines.append(f"mov.b32 c, {_pair(-(magic * sum(scales) + 2.0 ** (bits - 1)), is_bf16=is_bf16)};")
+    addend = -(magic * sum(scales) + 2.0 ** (bits - 1))
+    lines.append(f"mov.b32 c, {'$2' if has_offset else _pair(addend, is_bf16=is_bf16)};")
     for number in range(len(scales)):
         result = "$0" if number + 1 == len(scales) else "c"
         lines.append(f"fma.rn.{kind} {result}, t{number}, s{number}, c;")
-    return " ".join([*lines, "}"])
+    return " ".join([*lines, "}"]), addend
 
 
-# Per width, slice and element type: words, shifts, places (position, mask, bits below) and assembly. A tl.constexpr:
-# Triton makes the value of such a global, and of no other, part of the key under which it caches a kernel.
+# Per width, slice and element type: words, shifts, places (position, mask, bits below), code; the same with offsets.
+# A tl.constexpr: Triton makes the value of such a global, and of no other, part of the key under which it caches.
 _SLICES = tl.constexpr(
     {
         (bits, index, is_bf16): (
             tuple(word for word, *_ in fields),
             tuple(_shift(position, width, is_bf16=is_bf16) for _, position, width, _ in fields),
             tuple((position, (1 << width) - 1, below) for _, position, width, below in fields),
-            _assembly(bits, index, is_bf16=is_bf16),
+            _assembly(bits, index, is_bf16=is_bf16)[0],
+            _assembly(bits, index, is_bf16=is_bf16, has_offset=True),
         )
         for bits in FIELDS
         for index in range(step_k(bits) // SLICE_K)
@@ -135,6 +141,12 @@ def slice_place(bits, index, field, what):
 def slice_asm(bits, index, is_bf16):
     """Return the assembly of a slice."""
     return _SLICES.value[bits, index, is_bf16][3]
+
+
+@triton.constexpr_function
+def offset_asm(bits, index, is_bf16, what):
+    """Return the assembly of a slice with offsets (0), or what the codes want added besides (1)."""
+    return _SLICES.value[bits, index, is_bf16][4][what]
 
 
 @triton.constexpr_function
@@ -195,6 +207,29 @@ def slice_codes(b_words, BITS: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.cons
 
 
 @triton.jit
+def offset_codes(b_words, b_offsets, BITS: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Give one slice of a step: codes minus 2^(bits-1) and minus the offset of their output, [BLOCK_N] fp32.
+
+    Differences of small integers, exact in either type: also where a code has one field and the offset goes into what
+    is added to it anyway.
+    """
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE
+    if PTX and DTYPE.primitive_bitwidth == 16 and slice_num_fields(BITS, INDEX, BF16) == 1:
+        b_word = _shifted(b_words[slice_word(BITS, INDEX, BF16, 0)], slice_shift(BITS, INDEX, BF16, 0))
+        b_addend = (offset_asm(BITS, INDEX, BF16, 1) - b_offsets).to(DTYPE)[:, None]
+        if BF16:
+            return tl.inline_asm_elementwise(
+                offset_asm(BITS, INDEX, True, 0), "=r,r,r", [b_word, b_addend], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                offset_asm(BITS, INDEX, False, 0), "=r,r,r", [b_word, b_addend], dtype=tl.float16, is_pure=True, pack=2
+            )
+    else:
+        return slice_codes(b_words, BITS, INDEX, DTYPE, PTX) - b_offsets.to(DTYPE)[:, None]
+
+
+@triton.jit
 def spread(b_values):
     """Repeat values [BLOCK_N, COPIES] along a slice: [BLOCK_N, 32]."""
     COPIES: tl.constexpr = b_values.shape[1]
@@ -231,22 +266,25 @@ def scaled_codes(b_codes, b_scales, SCALE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(p_plane, i_tile, o_n, N64, num_tiles, MASKED: tl.constexpr):
+def _load_tile(p_plane, i_tile, first_n, m_n, N64, num_tiles, MASKED: tl.constexpr):
     """Load one tile of a plane, int16 [BLOCK_N, 32]; a tile behind the last gives zeros."""
-    limit = tl.where(i_tile < num_tiles, N64, 0) if MASKED else N64
-    p_words = p_plane + i_tile * N64 * 32 + o_n[:, None] * 32 + tl.arange(0, 32)[None, :]
-    return tl.load(p_words, mask=(o_n < limit)[:, None], other=0, cache_modifier=".cg")
+    # Where the block begins is one number; behind it, threads are at distances known to the compiler.
+    p_block = p_plane + (i_tile * N64 + first_n) * 32
+    o_words = tl.arange(0, m_n.shape[0])[:, None] * 32 + tl.arange(0, 32)[None, :]
+    m_words = m_n & (i_tile < num_tiles) if MASKED else m_n
+    return tl.load(p_block + o_words, mask=m_words[:, None], other=0, cache_modifier=".cg")
 
 
 @triton.jit
-def load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr):
+def load_step(p_high, p_low, i_step, first_n, m_n, N64, num_high, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr):
     """Load the words of one step: one, two or four tiles of the high plane and one of the low plane.
 
     Args:
         p_high: the high plane.
         p_low: the low plane; anything where there is none.
         i_step: which step.
-        o_n: [BLOCK_N] outputs.
+        first_n: the first of BLOCK_N outputs.
+        m_n: [BLOCK_N] which of them there are.
         N64: number of outputs, int64.
         num_high: tiles of the high plane; the last step may want some that do not exist.
         HIGH_TILES: tiles of the high plane per step.
@@ -256,15 +294,15 @@ def load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES: tl.constexp
         Five int16 [BLOCK_N, 32] for `slice_codes`; those that a step does not have repeat the first.
     """
     i_high = i_step * HIGH_TILES
-    b_high0 = _load_tile(p_high, i_high, o_n, N64, num_high, False)
+    b_high0 = _load_tile(p_high, i_high, first_n, m_n, N64, num_high, False)
     b_high1, b_high2, b_high3, b_low = b_high0, b_high0, b_high0, b_high0
     if HIGH_TILES >= 2:
-        b_high1 = _load_tile(p_high, i_high + 1, o_n, N64, num_high, True)
+        b_high1 = _load_tile(p_high, i_high + 1, first_n, m_n, N64, num_high, True)
     if HIGH_TILES == 4:
-        b_high2 = _load_tile(p_high, i_high + 2, o_n, N64, num_high, True)
-        b_high3 = _load_tile(p_high, i_high + 3, o_n, N64, num_high, True)
+        b_high2 = _load_tile(p_high, i_high + 2, first_n, m_n, N64, num_high, True)
+        b_high3 = _load_tile(p_high, i_high + 3, first_n, m_n, N64, num_high, True)
     if HAS_LOW:
-        b_low = _load_tile(p_low, i_step, o_n, N64, num_high, False)
+        b_low = _load_tile(p_low, i_step, first_n, m_n, N64, num_high, False)
     return b_high0, b_high1, b_high2, b_high3, b_low
 
 
@@ -277,6 +315,11 @@ def constants_of(operand: PlaneOperand) -> tuple[int | bool, ...]:
     group = size if size <= MAX_CONSTANT_GROUP else 0
     tiles, slices = step // tile_k(high), step // SLICE_K
     return bits, tiles, bool(low), slices, run, group, operand.offsets is not None, operand.in_features % step == 0
+
+
+def num_steps(operand: PlaneOperand) -> int:
+    """Return the steps of K in which a kernel walks over an operand."""
+    return -(-operand.in_features // step_k(operand.bits))
 
 
 @triton.jit
@@ -292,17 +335,18 @@ def _of_groups(p_table, o_k, o_n, m_n, N64, num_groups, divisor, RUN: tl.constex
 def _dequantize_kernel(
     p_high, p_low, p_scales, p_offsets, p_out, N, K, out_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
-    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Programs that write the same rows sit next to each other, so rows are written from end to end.
     i_step, i_n = tl.program_id(0), tl.program_id(1)
     DTYPE: tl.constexpr = p_out.dtype.element_ty
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_c = tl.arange(0, 32)[None, :]
-    m_n = o_n < N
+    m_n = (o_n < N) | EVEN_N
     N64 = tl.cast(N, tl.int64)
     divisor = group_size if GROUP == 0 else GROUP
-    b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
+    b_words = load_step(p_high, p_low, i_step, i_n * BLOCK_N, m_n, N64, num_high, HIGH_TILES, HAS_LOW)
     p_rows = p_out + o_n.to(tl.int64)[:, None] * out_stride + o_c
     for s in tl.static_range(SLICES):
         o_k = (i_step * SLICES + s) * 32
@@ -382,6 +426,6 @@ def dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype, out
         _dequantize_kernel[(triton.cdiv(k, step_k(operand.bits)), triton.cdiv(n, BLOCK_N))](
             planes, operand.planes[-1], operand.scales, operand.scales if operand.offsets is None else operand.offsets,
             out, n, k, out.stride(0), planes.shape[0], operand.scales.shape[0], operand.group_size,
-            *constants_of(operand), PTX=is_ptx_target(planes), BLOCK_N=BLOCK_N, num_warps=4,
+            *constants_of(operand), EVEN_N=n % BLOCK_N == 0, PTX=is_ptx_target(planes), BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
     return out

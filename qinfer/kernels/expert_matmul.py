@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float
-from qinfer.kernels.dequant import constants_of
+from qinfer.kernels.dequant import constants_of, num_steps
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.expert_operand import ExpertOperand
 from qinfer.kernels.matmul import matmul_reference, segments_of
@@ -119,13 +119,13 @@ def _load_block(p_blocks, p_pairs, p_slots, HAS_SLOTS: tl.constexpr, BLOCK_M: tl
 
 # Parts and their distance differ from step to step and from matrix to matrix; a kernel per divisibility of any of these
 # would be compiled in the middle of serving.
-@triton.jit(do_not_specialize=["num_pairs", "num_parts", "num_groups", "num_high"])
+@triton.jit(do_not_specialize=["num_pairs", "part_steps", "long_parts", "num_groups", "num_high"])
 def _expert_matmul_kernel(
     p_x, p_high, p_low, p_scales, p_offsets, p_blocks, p_pairs, p_slots,
     p_out,  # [parts of K, P, N]
-    num_pairs, num_parts, N, K, x_stride, out_stride, num_high, num_groups, group_size,
+    num_pairs, part_steps, long_parts, N, K, x_stride, out_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
-    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PTX: tl.constexpr,
     PER_ROW: tl.constexpr, HAS_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -133,16 +133,16 @@ def _expert_matmul_kernel(
     i_slot, is_used, b_pairs = _load_block(p_blocks, p_pairs, p_slots, HAS_SLOTS, BLOCK_M)
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n, m_m = o_n < N, b_pairs[None, :] >= 0
+    m_n, m_m = (o_n < N) | EVEN_N, b_pairs[None, :] >= 0
     N64 = tl.cast(N, tl.int64)
     # A step of K has one tile of the low plane.
     o_low = i_slot * tl.cdiv(K, SLICES * 32) * N64 * 32 if HAS_LOW else 0
     o_group = i_slot * num_groups * N64
     b_acc = accumulate_part(
         p_x, p_high + i_slot * num_high * N64 * 32, p_low + o_low, p_scales + o_group, p_offsets + o_group,
-        i_k, num_parts, b_pairs // PER_ROW, o_n, m_m, m_n, N64,
-        tl.where(is_used, K, 0), x_stride, num_high, num_groups, group_size,
-        BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K, PTX, BLOCK_M, BLOCK_N, STAGES,
+        i_k, tl.where(is_used, part_steps, 0), tl.where(is_used, long_parts, 0), b_pairs // PER_ROW, m_m,
+        i_n * BLOCK_N, N, K, x_stride, num_high, num_groups, group_size,
+        BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K, EVEN_N, PTX, BLOCK_M, BLOCK_N, STAGES,
         False,  # it has waited already
     )  # fmt: skip
     let_next_start(OVERLAP)
@@ -230,9 +230,10 @@ def _planes(x: Tensor, matrix: PlaneOperand, tables: Tables, out: Tensor, tile: 
     names = ("BITS", "HIGH_TILES", "HAS_LOW", "SLICES", "RUN", "GROUP", "HAS_OFFSETS", "EVEN_K")
     _expert_matmul_kernel[(triton.cdiv(n, tile.block_n), parts, blocks.shape[0])](
         x, matrix.planes[0], matrix.planes[-1], matrix.scales, offsets, blocks, pairs, slots, out,
-        num_pairs, parts, n, matrix.in_features, x.stride(0), out.stride(1),
+        num_pairs, *divmod(num_steps(matrix), parts), n, matrix.in_features, x.stride(0), out.stride(1),
         matrix.planes[0].shape[0], matrix.scales.shape[0], matrix.group_size,
-        **dict(zip(names, constants_of(matrix), strict=True)), **constants, PTX=is_ptx_target(x),
+        **dict(zip(names, constants_of(matrix), strict=True)), **constants,
+        EVEN_N=n % tile.block_n == 0, PTX=is_ptx_target(x),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
         **registers(arch(x.device), (matrix.bits,), tile), **overlap(x),
     )  # fmt: skip

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qinfer.errors import UnsupportedError
-from qinfer.kernels.dequant import check_plane_operand, constants_of, dequantize
+from qinfer.kernels.dequant import check_plane_operand, constants_of, dequantize, num_steps
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
-from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand, step_k
+from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.plane_part import accumulate_part
 from qinfer.kernels.tiles import Tile, lookup, registers, shared_bytes
@@ -94,20 +94,21 @@ def matmul_reference(
 
 # M differs from step to step and the parts from matrix to matrix; a kernel per divisibility of either would be compiled
 # in the middle of serving.
-@triton.jit(do_not_specialize=["M", "first_features", "first_parts", "num_groups", "num_highs"])
+@triton.jit(
+    do_not_specialize=["M", "first_features", "first_parts", "part_steps", "long_parts", "num_groups", "num_highs"]
+)
 def _matmul_kernel(
     p_x, p_highs, p_lows, p_scales, p_offsets, p_bias,
     p_out,  # [parts of K, M, N], rows out_stride apart
-    M, N, x_stride, out_stride, first_features, first_parts, num_highs, num_groups, group_sizes,
-    SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
+    M, N, x_stride, out_stride, first_features, first_parts, part_steps, long_parts, num_highs, num_groups, group_sizes,
+    SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_N: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, COPIES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
     i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_n, m_m = o_n < N, o_m[None, :] < M
-    N64 = tl.cast(N, tl.int64)
+    m_n, m_m = (o_n < N) | EVEN_N, o_m[None, :] < M
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for g in tl.static_range(len(SEGMENTS)):
         # A program belongs to one segment, and walks over its part of it; with one segment there is nothing to ask.
@@ -115,11 +116,10 @@ def _matmul_kernel(
         if is_mine:
             b_acc = accumulate_part(
                 p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
-                i_k - first_parts[g], first_parts[g + 1] - first_parts[g], o_m, o_n, m_m, m_n, N64,
+                i_k - first_parts[g], part_steps[g], long_parts[g], o_m, m_m, i_n * BLOCK_N, N,
                 first_features[g + 1] - first_features[g], x_stride, num_highs[g], num_groups[g], group_sizes[g],
                 SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], SEGMENTS[g][4], SEGMENTS[g][5],
-                SEGMENTS[g][6], SEGMENTS[g][7], PTX, BLOCK_M, BLOCK_N, STAGES[g],
-                OVERLAP, COPIES,
+                SEGMENTS[g][6], SEGMENTS[g][7], EVEN_N, PTX, BLOCK_M, BLOCK_N, STAGES[g], OVERLAP, COPIES,
             )  # fmt: skip
     let_next_start(OVERLAP)
     if HAS_BIAS:
@@ -256,9 +256,11 @@ def _fused(
         tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
         bias, y, m, n, x.stride(0), y.stride(1),
         tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
+        *zip(*(divmod(num_steps(s), split) for s, split in zip(segments, splits, strict=True)), strict=True),
         tuple(s.planes[0].shape[0] for s in segments), tuple(s.scales.shape[0] for s in segments),
         tuple(s.group_size for s in segments),
-        SEGMENTS=tuple(constants_of(segment) for segment in segments), HAS_BIAS=bias is not None, PTX=is_ptx_target(x),
+        SEGMENTS=tuple(constants_of(segment) for segment in segments), HAS_BIAS=bias is not None,
+        EVEN_N=n % tile.block_n == 0, PTX=is_ptx_target(x),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=_stages(tile, segments), COPIES=copies, num_warps=tile.warps,
         **registers(arch(x.device), tuple(s.bits for s in segments), tile), **overlap(x),
     )  # fmt: skip
@@ -288,8 +290,7 @@ def _add_up(parts: Tensor, out: Tensor) -> None:
 def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand]) -> int:
     """Share the parts of K out over segments by their bytes; each gets at least one, and no more than it has steps."""
     share = split_k * segment.nbytes / sum(other.nbytes for other in segments)
-    steps = -(-segment.in_features // step_k(segment.bits))
-    return max(1, min(round(share), steps))
+    return max(1, min(round(share), num_steps(segment)))
 
 
 def tile_of(segments: Sequence[PlaneOperand], device: torch.device, m: int) -> Tile | None:

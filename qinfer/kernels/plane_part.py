@@ -16,19 +16,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qinfer.kernels.dequant import load_step, scaled_codes, slice_codes, spread
+from qinfer.kernels.dequant import load_step, offset_codes, scaled_codes, slice_codes, spread
 from qinfer.kernels.overlap import offset_of_inputs, wait_for_inputs
 
 
 @triton.jit
-def _scales(p_scales, i_group, o_n, m_n, N64):
+def _scales(p_scales, i_group, o_n, m_n, N64, EVEN_N: tl.constexpr):
     """Load the scales of one group for outputs of any shape, in fp32.
 
     As 32-bit words of two, because Triton's pipeline fetches nothing narrower ahead of its use, and waiting in every
     step for scales to come from memory costs as much as the products.
     """
     first = i_group * N64
-    o_scale = o_n + (first & 1).to(tl.int32)  # from the last even element on, where a pair begins
+    # From the last even element on, where a pair begins.
+    o_scale = o_n if EVEN_N else o_n + (first & 1).to(tl.int32)
     p_pairs = p_scales.to(tl.pointer_type(tl.int32), bitcast=True) + (first >> 1)
     b_bits = tl.load(p_pairs + (o_scale >> 1), mask=m_n, other=0) >> (o_scale & 1) * 16
     return b_bits.to(tl.int16).to(p_scales.dtype.element_ty, bitcast=True).to(tl.float32)
@@ -36,11 +37,11 @@ def _scales(p_scales, i_group, o_n, m_n, N64):
 
 @triton.jit
 def accumulate_part(
-    p_x, p_high, p_low, p_scales, p_offsets, i_part, num_parts, o_m, o_n, m_m, m_n, N64,
+    p_x, p_high, p_low, p_scales, p_offsets, i_part, part_steps, long_parts, o_m, m_m, first_n, N,
     K, x_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
-    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     COPIES: tl.constexpr = 0,
 ):  # fmt: skip
     """Multiply one part of K of one segment: [BLOCK_N, BLOCK_M] fp32.
@@ -52,43 +53,55 @@ def accumulate_part(
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     STEP: tl.constexpr = SLICES * 32
     o_c = tl.arange(0, 32)
-    num_steps = tl.cdiv(K, STEP)
-    first, last = i_part * num_steps // num_parts, (i_part + 1) * num_steps // num_parts
+    o_n = first_n + tl.arange(0, BLOCK_N)
+    m_n = (o_n < N) | EVEN_N
+    N64 = tl.cast(N, tl.int64)
+    first = i_part * part_steps + tl.minimum(i_part, long_parts)
+    last = first + part_steps + (i_part < long_parts).to(tl.int32)
     p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride + o_c[:, None]
     # A division by a number known to the compiler is a shift; larger groups are few.
-    divisor = group_size if GROUP == 0 else GROUP
+    divisor = tl.cast(group_size if GROUP == 0 else GROUP, tl.uint32)
+    # `mma.sync` adds to its sums one after the other, and waits each time: two sets take turns.
+    IN_TURN: tl.constexpr = BLOCK_M == 8 and RUN > 1
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for i_step in tl.range(first, last, num_stages=STAGES):
         # Weights first: they are on their way while the kernel before still writes x.
-        b_words = load_step(p_high, p_low, i_step, o_n, N64, num_high, HIGH_TILES, HAS_LOW)
+        b_words = load_step(p_high, p_low, i_step, first_n, m_n, N64, num_high, HIGH_TILES, HAS_LOW)
         p_step = p_xs + (i_step * STEP + offset_of_inputs(i_step, OVERLAP))
         b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        b_other = b_part
         for s in tl.static_range(SLICES):
             o_k = i_step * STEP + s * 32
-            b_codes = slice_codes(b_words, BITS, s, DTYPE, PTX)
             m_x = m_m if EVEN_K else m_m & (o_k + o_c[:, None] < K)
             # A run of slices shares a group, or two groups of 16 share a slice: each takes the features of x that are
             # its own. What lies behind K is multiplied by zero and takes the last group's.
             for half in tl.static_range(2 if RUN == 0 else 1):
-                i_group = tl.minimum((o_k + half * 16) // divisor, num_groups - 1)
-                b_group_codes = b_codes
+                i_group = (o_k + half * 16).to(tl.uint32) // divisor
+                i_group = (i_group if EVEN_K else tl.minimum(i_group, num_groups - 1)).to(tl.int32)
                 if HAS_OFFSETS:
                     if RUN == 0 or s % RUN == 0:
                         b_offsets = tl.load(p_offsets + i_group * N64 + o_n, mask=m_n, other=0).to(tl.float32)
-                    # Differences of small integers, exact in either type.
-                    b_group_codes -= b_offsets.to(DTYPE)[:, None]
+                    b_codes = offset_codes(b_words, b_offsets, BITS, s, DTYPE, PTX)
+                else:
+                    b_codes = slice_codes(b_words, BITS, s, DTYPE, PTX)
                 m_group = m_x & (o_c[:, None] // 16 == half) if RUN == 0 else m_x
                 b_x = tl.load(p_step + s * 32, mask=m_group, other=0.0)
                 if COPIES > 0:
                     if RUN == 0 or s % RUN == 0:
                         o_copies = o_n[:, None] + tl.zeros([1, COPIES], tl.int32)
-                        b_scales = spread(_scales(p_scales, i_group, o_copies, m_n[:, None], N64))
-                    b_weights = scaled_codes(b_group_codes, b_scales, p_scales.dtype.element_ty, PTX)
+                        b_scales = spread(_scales(p_scales, i_group, o_copies, m_n[:, None], N64, EVEN_N))
+                    b_weights = scaled_codes(b_codes, b_scales, p_scales.dtype.element_ty, PTX)
                     b_acc = tl.dot(b_weights, b_x, b_acc, input_precision="ieee")
                 else:
-                    b_part = tl.dot(b_group_codes, b_x, b_part, input_precision="ieee")
+                    if IN_TURN and s % 2 == 1:
+                        b_other = tl.dot(b_codes, b_x, b_other, input_precision="ieee")
+                    else:
+                        b_part = tl.dot(b_codes, b_x, b_part, input_precision="ieee")
                     if RUN == 0 or (s + 1) % RUN == 0:
-                        b_acc += b_part * _scales(p_scales, i_group, o_n, m_n, N64)[:, None]
+                        if IN_TURN:
+                            b_part += b_other
+                            b_other = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                        b_acc += b_part * _scales(p_scales, i_group, o_n, m_n, N64, EVEN_N)[:, None]
                         b_part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     wait_for_inputs(OVERLAP)
     return b_acc

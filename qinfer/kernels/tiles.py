@@ -37,7 +37,7 @@ MAX_ROWS = {"sm_90": 64, "sm_100": 64}
 # may have, and the widths and rows it is said for. Found by compiling all cases; said to others, it makes spills.
 REGISTERS = 168
 SAVING = {"sm_100": ((2, 3, 4), 64), "sm_120": ((4,), 16)}
-LEAN_REGISTERS = 96  # the same for ten programs of two warps, with 4 bits
+LEAN_REGISTERS = 80  # the same for twelve programs of two warps, with 4 bits
 # And with several widths, by warps: what eight programs of two warps may have, and two of four. Said to ptxas of
 # Triton 3.6, it takes spills away; said to that of 3.9, it makes them.
 MIXED_REGISTERS = {2: 120, 4: 232} if triton.__version__.startswith("3.6.") else {}
@@ -180,12 +180,14 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
 def lean_rule(num_sms: int, n: int, k: int, bits: int) -> Tile:
     """Return a reasonable tile for up to LEAN_ROWS rows and codes of LEAN_BITS.
 
-    What counts is that some programs load while others compute: six of two warps on every multiprocessor. With 8 rows
-    Triton takes `mma.sync`, whose operands are registers: half the registers of `wgmma` with 16 rows, and no wait for
-    the tensor cores behind every slice (benchmarks/LOG.md).
+    What counts is that some programs load while others compute: six of two warps on every multiprocessor, and with 4
+    bits, of which twelve have room there, one wave of ten. With 8 rows Triton takes `mma.sync`, whose operands are
+    registers: half the registers of `wgmma` with 16 rows, and no wait for the tensor cores behind every slice
+    (benchmarks/LOG.md).
     """
     block_n = 64
-    split_k = max(1, min(round(6 * num_sms / -(-n // block_n)), k // LEAN_PART, 16))
+    places, part = (10, MIN_PART) if bits == 4 else (6, LEAN_PART)
+    split_k = max(1, min(round(places * num_sms / -(-n // block_n)), k // part, 16))
     return Tile(LEAN_ROWS, block_n, split_k, 2, 3 if shared_bytes(bits, LEAN_ROWS, block_n, 3) <= LEAN_BYTES else 2)
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qinfer.kernels.dequant import dequantize, slice_codes
+from qinfer.kernels.dequant import dequantize, offset_codes, slice_codes
 from qinfer.kernels.device import is_ptx_target
 from qinfer.kernels.operand import FIELDS, step_k
 from qinfer.kernels.packing import unpack_planes
@@ -28,13 +28,17 @@ def test_reference_follows_the_formula_code_by_code() -> None:
 
 @triton.jit
 def _slices_kernel(
-    p_0, p_1, p_2, p_3, p_low, p_out,
+    p_0, p_1, p_2, p_3, p_low, p_offsets, p_out,  # offsets of rows, or None
     BITS: tl.constexpr, SLICES: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None] * 32 + tl.arange(0, 32)[None, :]
     b_words = (tl.load(p_0 + o), tl.load(p_1 + o), tl.load(p_2 + o), tl.load(p_3 + o), tl.load(p_low + o))
     for s in tl.static_range(SLICES):
-        b_codes = slice_codes(b_words, BITS, s, p_out.dtype.element_ty, PTX)
+        if p_offsets is None:
+            b_codes = slice_codes(b_words, BITS, s, p_out.dtype.element_ty, PTX)
+        else:
+            b_offsets = tl.load(p_offsets + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+            b_codes = offset_codes(b_words, b_offsets, BITS, s, p_out.dtype.element_ty, PTX)
         tl.store(p_out + o * SLICES + s, b_codes)
 
 
@@ -52,17 +56,23 @@ def _expected_codes(bits: int, words: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_offsets", [False, True])
 @pytest.mark.parametrize("bits", FIELDS)
-def test_every_word_gives_its_codes(device: torch.device, bits: int, dtype: torch.dtype) -> None:
+def test_every_word_gives_its_codes(device: torch.device, bits: int, has_offsets: bool, dtype: torch.dtype) -> None:
     # Each plane sees every word, beside random words of the other planes.
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     shuffled = [every[torch.randperm(2**16)] for _ in range(4)]
     words = [tensor.view(-1, 32).contiguous().to(device) for tensor in (every, *shuffled)]
     slices = step_k(bits) // 32
+    expected, offsets = _expected_codes(bits, words), None
+    if has_offsets:
+        # All that a zero point can be, from the smallest code on to one above the largest.
+        offsets = (torch.arange(2048, device=device) % (2**bits + 1) - 2 ** (bits - 1)).to(torch.int16)
+        expected = expected - offsets.int()[:, None, None]
     for ptx in {False, is_ptx_target(words[0])}:
         out = torch.empty(2048, 32, slices, dtype=dtype, device=device)
-        _slices_kernel[(4,)](*words, out, BITS=bits, SLICES=slices, PTX=ptx, BLOCK=512)
-        assert torch.equal(out.int(), _expected_codes(bits, words)), f"PTX={ptx}"
+        _slices_kernel[(4,)](*words, offsets, out, BITS=bits, SLICES=slices, PTX=ptx, BLOCK=512)
+        assert torch.equal(out.int(), expected), f"PTX={ptx}"
 
 
 @pytest.mark.kernel
