@@ -33,10 +33,16 @@ FUSED_ROWS = 64  # up to here every product has a tile, on every GPU
 # Rows of a program. Without tensor cores that read their second operand from shared memory, more than 32 rows of sums
 # beside the unpacked weights do not fit the registers.
 MAX_ROWS = {"sm_90": 64, "sm_100": 64}
-# Where ptxas, left alone, saves registers at the price of spills: what three programs of four warps per multiprocessor
-# may have, and the widths and rows it is said for. Found by compiling all cases; said to others, it makes spills.
-REGISTERS = 168
-SAVING = {"sm_100": ((2, 3, 4), 64), "sm_120": ((4,), 16)}
+# Where ptxas, left alone, saves registers at the price of spills: the widths and rows for which it is told how many it
+# may use, by warps. That is what three programs of four warps per multiprocessor may have, or two of eight, or, on
+# Ampere, all that there are. Found by compiling all cases; said to others, it makes spills.
+_AMPERE = ((4,), range(32, 65), {4: 255})
+SAVING: dict[str, tuple[tuple[int, ...], range, dict[int, int]]] = {
+    "sm_86": _AMPERE,
+    "sm_89": _AMPERE,
+    "sm_100": ((2, 3, 4), range(65), {4: 168, 8: 128}),
+    "sm_120": ((4,), range(17), {4: 168}),
+}
 LEAN_REGISTERS = 80  # the same for twelve programs of two warps, with 4 bits
 # And with several widths, by warps: what eight programs of two warps may have, and two of four. Said to ptxas of
 # Triton 3.6, it takes spills away; said to that of 3.9, it makes them.
@@ -145,9 +151,9 @@ def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
     if tile.block_m == LEAN_ROWS and tile.warps in MIXED_REGISTERS and len(set(widths)) > 1:
         is_long = has_long_steps(widths) and tile.warps == 2
         return {} if is_long else {"maxnreg": MIXED_REGISTERS[tile.warps]}
-    saving, max_rows = SAVING.get(arch, ((), 0))
-    is_saving = len(widths) == 1 and widths[0] in saving and tile.block_m <= max_rows
-    return {"maxnreg": REGISTERS} if is_saving and tile.warps == 4 else {}
+    saving, rows, limits = SAVING.get(arch, ((), range(0), {}))
+    is_saving = len(widths) == 1 and widths[0] in saving and tile.block_m in rows and tile.warps in limits
+    return {"maxnreg": limits[tile.warps]} if is_saving else {}
 
 
 def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_rows: int = 64) -> Tile:
