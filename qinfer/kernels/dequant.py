@@ -423,7 +423,7 @@ def dequantize(planes: Tensor, operand: PlaneOperand, *, dtype: torch.dtype, out
     if out is None:
         out = torch.empty(n, k, dtype=dtype, device=planes.device)
     if n and k:
-        _dequantize_kernel[(triton.cdiv(k, step_k(operand.bits)), triton.cdiv(n, BLOCK_N))](
+        _dequantize_kernel[(num_steps(operand), triton.cdiv(n, BLOCK_N))](
             planes, operand.planes[-1], operand.scales, operand.scales if operand.offsets is None else operand.offsets,
             out, n, k, out.stride(0), planes.shape[0], operand.scales.shape[0], operand.group_size,
             *constants_of(operand), EVEN_N=n % BLOCK_N == 0, PTX=is_ptx_target(planes), BLOCK_N=BLOCK_N, num_warps=4,
