@@ -20,7 +20,8 @@ largest room has memory for all of them, and the logits of a step are overwritte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +31,6 @@ from qinfer.cache.paged import PagedKVCache
 from qinfer.kernels.greedy import greedy
 from qinfer.models.batch import Batch, Room
 
-# The first run compiles kernels and loads libraries, which a capture must not do; the second shows that they are there.
-_WARM_UP_RUNS = 2
 _DRAFT_LOGITS = 64  # rows of logits that a mixed step has at least, if it has as many tokens
 # Attention cuts keys into runs where the blocks of all sequences that a room may have leave multiprocessors idle. So a
 # sequence by itself has rooms of its own up to this size, beyond which its own blocks are enough of them.
@@ -61,6 +60,19 @@ class _Captured:
     logits: Tensor  # [R, V]
     choice: torch.cuda.CUDAGraph
     likeliest: Tensor  # [R] int64
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, beside: torch.cuda.CUDAGraph | None) -> Iterator[None]:
+    """Record what is launched on the current stream into a graph, in the memory pool of another one.
+
+    `torch.cuda.graph` gives all memory back to the device first, which takes longer than the recording.
+    """
+    graph.capture_begin(None if beside is None else beside.pool())
+    try:
+        yield
+    finally:
+        graph.capture_end()
 
 
 def bucket_sizes(max_batch: int) -> tuple[int, ...]:
@@ -95,6 +107,7 @@ class GraphRunner:
         decoder: Callable[[Batch, PagedKVCache], Tensor],
         cache: PagedKVCache,
         *,
+        rehearse: Callable[[Batch, PagedKVCache], Tensor] | None = None,
         max_batch: int,
         table_width: int,
         max_step_tokens: int = 0,
@@ -105,6 +118,8 @@ class GraphRunner:
         Args:
             decoder: `(batch, cache) -> logits [R, V]`, without a synchronization of the device inside.
             cache: The pages that every replay reads and writes; they must stay where they are.
+            rehearse: Launches every kernel that the decoder launches, so that recording compiles none; by default the
+                decoder itself.
             max_batch: Most sequences in a step.
             table_width: Pages of the longest sequence.
             max_step_tokens: Most tokens of a step with prompts or drafts that goes through a graph.
@@ -120,6 +135,7 @@ class GraphRunner:
         )
         self._rooms = frozenset((*self.mixed, *map(Room.of_rows, self.buckets)))
         self._decoder = decoder
+        self._rehearse = rehearse or decoder
         self._recorded = recorded
         self._cache = cache
         self._device = torch.device(cache.device)
@@ -219,22 +235,25 @@ class GraphRunner:
         return replace(batch, has_adapters=has_adapters)
 
     def _capture(self, room: Room, *, has_adapters: bool) -> _Captured:
-        """Run the step and the choice after it a few times on a stream of their own, then record them."""
+        """Rehearse the step and the choice after it on a stream of their own, then record them."""
         with torch.cuda.device(self._device):
             batch = self._padding(room, has_adapters=has_adapters)
             self._side = side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(_WARM_UP_RUNS):
-                    greedy(self._decoder(batch, self._cache))
+                greedy(self._rehearse(batch, self._cache))
             torch.cuda.current_stream().wait_stream(side)
-            # Any recorded graph knows the pool that all of them share.
-            pool = next((captured.graph.pool() for captured in self._captured.values()), None)
+            if all(room > other for other, _ in self._captured):
+                # It takes new memory, some of which the rehearsal has had.
+                torch.cuda.empty_cache()
             graph, choice = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                logits = self._decoder(batch, self._cache)
-            with torch.cuda.graph(choice, pool=graph.pool(), stream=side):
-                likeliest = greedy(logits)
+            side.synchronize()
+            with torch.cuda.stream(side):
+                # Any recorded graph knows the pool that all of them share.
+                with _recording(graph, next((captured.graph for captured in self._captured.values()), None)):
+                    logits = self._decoder(batch, self._cache)
+                with _recording(choice, graph):
+                    likeliest = greedy(logits)
             # A tensor that owned them would take megabytes from the pool for every room.
             logits = torch.as_tensor(_Memory(logits), device=self._device)
         self._recorded(graph)

@@ -28,7 +28,9 @@ from qinfer.engine.scoring import Scores, copying, take_scores
 from qinfer.engine.sequence import Sequence, TokenLogprobs
 from qinfer.kernels.feed import feed
 from qinfer.models.batch import Batch, Piece, Room
+from qinfer.models.decoder import Decoder
 from qinfer.models.model import Model
+from qinfer.models.rehearsal import rehearsal
 from qinfer.parallel.comm import Communicator
 
 Step: TypeAlias = list[tuple[Sequence, int]]
@@ -153,11 +155,13 @@ class StepRunner:
         # Two, because the ids of one step are read after the copy of the next may have been launched.
         self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
         self._decoder = model.decoder  # whose steps are recorded
+        self._rehearsal: Decoder | None = None  # of it
         self.graphs: GraphRunner | None = None
         if self._on_gpu:
             self.graphs = GraphRunner(
                 self._forward,
                 cache,
+                rehearse=self._rehearse,
                 max_batch=max_batch,
                 table_width=table_width,
                 max_step_tokens=max_step_tokens,
@@ -258,14 +262,16 @@ class StepRunner:
         """Compile and record all that steps can ask for; pages and requests stay as they are.
 
         What runs without a graph is compiled per kind of size: one token, a multiple of 16, and neither, around each
-        power of two, for prompts alone and beside streams; and once per way of sampling.
+        power of two, for prompts alone and beside streams; and once per way and number of rows of sampling.
         """
+        self._forget_moved_adapters()
         adapter = 0 if self._model.loras else -1
         # A whole last page may reach beyond the last position.
         room = min(self._table_width * self._page_size, self._model.config.max_positions)
         max_batch = len(self._sampled)
         # What stands in the pages does not matter, and page 0 is there in any pool.
         single = Piece([0], 0, [0], "last")
+        sampled = set[int]()
         for length in _sizes(min(self._max_step_tokens, room)):
             # Attention cuts keys into runs where a step has few programs for many keys.
             for start in {0, room - length}:
@@ -275,10 +281,12 @@ class StepRunner:
                 for pieces in ([prompt], [prompt, single], [single] * (max_batch - 1) + [prompt], several):
                     batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
                     batch.slots.fill_(-1)
-                    self._warm_up_sampling(self._forward(batch, self._cache))
+                    logits = self._rehearse(batch, self._cache)
+                    if len(logits) not in sampled:
+                        sampled.add(len(logits))
+                        self._warm_up_sampling(logits)
         # Last, since recording hands back what these steps took and few others will take.
         if self.graphs is not None:
-            self._forget_moved_adapters()
             self.graphs.capture_all(has_adapters=adapter >= 0)
         if self._on_gpu:
             torch.cuda.synchronize(self._model.device)
@@ -297,6 +305,13 @@ class StepRunner:
         feed(batch.token_ids, self._sampled)
         return self._model.decoder(batch, cache)
 
+    def _rehearse(self, batch: Batch, cache: PagedKVCache) -> Tensor:
+        """Run no more of a step than launches every kernel of it; the logits mean nothing."""
+        if self._rehearsal is None:
+            self._rehearsal = rehearsal(self._decoder, cache)
+        feed(batch.token_ids, self._sampled)
+        return self._rehearsal(batch, cache)
+
     def _mixed(self, streams: list[Sequence], pieces: list[Piece]) -> Tensor:
         """Run a step of any pieces behind streams, through a recorded graph where it fits one."""
         used = Room.of_pieces(pieces, num_streams=len(streams))
@@ -310,9 +325,10 @@ class StepRunner:
 
     def _forget_moved_adapters(self) -> None:
         """Forget what was recorded with adapters whose buffers the model has replaced since."""
-        if self.graphs is not None and self._decoder is not self._model.decoder:
-            self._decoder = self._model.decoder
-            self.graphs.forget_adapters()
+        if self._decoder is not self._model.decoder:
+            self._decoder, self._rehearsal = self._model.decoder, None
+            if self.graphs is not None:
+                self.graphs.forget_adapters()
 
     def _decode(self, streams: list[Sequence]) -> Tensor:
         """Run a step of one token per sequence, through a recorded graph where there are graphs."""

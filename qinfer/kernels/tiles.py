@@ -202,7 +202,8 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
 
     One launch has the registers and the shared memory of its longest step. Without long ones, and where there are so
     many outputs that K hardly needs to be cut, many small programs do best, as for one width. Otherwise programs are
-    few and large: three of them for two multiprocessors, with segments of short steps deep in flight (`matmul.py`).
+    few and large, with segments of short steps deep in flight (`matmul.py`): three for two multiprocessors, but with
+    16 rows and so few outputs that K has to be cut anyway, seven.
     """
     rows, programs = LEAN_ROWS if m <= LEAN_ROWS else FEW_ROWS, -(-n // 128)
     if m <= LEAN_ROWS and (not has_long_steps(widths) or programs >= num_sms):
@@ -210,7 +211,8 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
         # About one wave of eight programs to a multiprocessor that is not full, or half a one behind a full one.
         split_k = ceil(12 * num_sms / programs) if programs > 4 * num_sms else round(6 * num_sms / programs)
         return Tile(rows, 64, max(1, min(split_k, k // LEAN_PART, 16)), 2, 2)
-    return Tile(rows, 128, max(1, min(3 * num_sms // (2 * programs), k // MIN_PART, 16)), 4, 2)
+    half_places = 7 if rows == FEW_ROWS and programs < num_sms else 3
+    return Tile(rows, 128, max(1, min(half_places * num_sms // (2 * programs), k // MIN_PART, 16)), 4, 2)
 
 
 def wide_rows(widths: tuple[int, ...]) -> int:

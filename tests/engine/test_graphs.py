@@ -22,6 +22,7 @@ from qinfer.kernels.greedy import greedy
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.lora import Lora
 from qinfer.models.model import Model
+from qinfer.models.rehearsal import rehearsal
 from tests.compare import assert_close
 from tests.models import adapters, tiny
 
@@ -335,9 +336,14 @@ def test_generator_on_graphs_says_the_same(model: Model) -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_is_compiled_after_the_warm_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    gen = Generator(model, max_tokens=1024, page_size=PAGE, max_batch=6, max_step_tokens=64)
+@pytest.mark.parametrize("kv_format", ["fp16", "q8,4:q4"])
+def test_nothing_is_compiled_after_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_format: str) -> None:
+    # More layers than the warm-up runs.
+    tiny.save(tmp_path, "llama", dtype=torch.bfloat16, num_hidden_layers=6, head_dim=32)
+    model = Model.load(tmp_path, device="cuda")
+    gen = Generator(model, max_tokens=1024, page_size=PAGE, max_batch=6, max_step_tokens=64, kv_format=kv_format)
     gen.warm_up()
+    assert len(rehearsal(model.decoder, gen.cache).blocks) < 6
     assert gen.runner.graphs is not None
     assert len(gen.runner.graphs._captured) == len(gen.runner.graphs.buckets) + len(gen.runner.graphs.mixed)
     compiled: list[object] = []

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qinfer.kernels.dequant import dequantize, offset_codes, slice_codes
+from qinfer.kernels.codes import offset_codes, slice_codes, subnormal_codes, subnormal_unit
+from qinfer.kernels.dequant import dequantize
 from qinfer.kernels.device import is_ptx_target
 from qinfer.kernels.operand import FIELDS, step_k
 from qinfer.kernels.packing import unpack_planes
@@ -73,6 +74,29 @@ def test_every_word_gives_its_codes(device: torch.device, bits: int, has_offsets
         out = torch.empty(2048, 32, slices, dtype=dtype, device=device)
         _slices_kernel[(4,)](*words, offsets, out, BITS=bits, SLICES=slices, PTX=ptx, BLOCK=512)
         assert torch.equal(out.int(), expected), f"PTX={ptx}"
+
+
+@triton.jit
+def _subnormal_kernel(p_0, p_1, p_out, BITS: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+    o = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None] * 32 + tl.arange(0, 32)[None, :]
+    b_words = (tl.load(p_0 + o), tl.load(p_1 + o))
+    for s in tl.static_range(SLICES):
+        b_codes = subnormal_codes(b_words, BITS, s).to(tl.float32) / subnormal_unit(BITS, s)
+        tl.store(p_out + o * SLICES + s, b_codes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_word_gives_its_codes_as_subnormal_numbers(device: torch.device, bits: int) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    words = [tensor.view(-1, 32).contiguous().to(device) for tensor in (every, every[torch.randperm(2**16)])]
+    if not is_ptx_target(words[0]):
+        pytest.skip("subnormal codes are cut out by NVIDIA assembly")
+    slices = step_k(bits) // 32
+    expected = _expected_codes(bits, words) + 2 ** (bits - 1)
+    out = torch.empty(2048, 32, slices, device=device)
+    _subnormal_kernel[(4,)](*words, out, BITS=bits, SLICES=slices, BLOCK=512)
+    assert torch.equal(out.int(), expected)
 
 
 @pytest.mark.kernel
