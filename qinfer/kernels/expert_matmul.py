@@ -119,11 +119,11 @@ def _load_block(p_blocks, p_pairs, p_slots, HAS_SLOTS: tl.constexpr, BLOCK_M: tl
 
 # Parts and their distance differ from step to step and from matrix to matrix; a kernel per divisibility of any of these
 # would be compiled in the middle of serving.
-@triton.jit(do_not_specialize=["num_pairs", "num_steps", "num_groups", "num_high"])
+@triton.jit(do_not_specialize=["num_pairs", "part_steps", "long_parts", "num_groups", "num_high"])
 def _expert_matmul_kernel(
     p_x, p_high, p_low, p_scales, p_offsets, p_blocks, p_pairs, p_slots,
     p_out,  # [parts of K, P, N]
-    num_pairs, num_steps, N, K, x_stride, out_stride, num_high, num_groups, group_size,
+    num_pairs, part_steps, long_parts, N, K, x_stride, out_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
     GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PTX: tl.constexpr,
     PER_ROW: tl.constexpr, HAS_SLOTS: tl.constexpr,
@@ -140,7 +140,7 @@ def _expert_matmul_kernel(
     o_group = i_slot * num_groups * N64
     b_acc = accumulate_part(
         p_x, p_high + i_slot * num_high * N64 * 32, p_low + o_low, p_scales + o_group, p_offsets + o_group,
-        i_k, tl.num_programs(1), tl.where(is_used, num_steps, 0), b_pairs // PER_ROW, m_m,
+        i_k, tl.where(is_used, part_steps, 0), tl.where(is_used, long_parts, 0), b_pairs // PER_ROW, m_m,
         i_n * BLOCK_N, N, K, x_stride, num_high, num_groups, group_size,
         BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K, EVEN_N, PTX, BLOCK_M, BLOCK_N, STAGES,
         False,  # it has waited already
@@ -230,7 +230,7 @@ def _planes(x: Tensor, matrix: PlaneOperand, tables: Tables, out: Tensor, tile: 
     names = ("BITS", "HIGH_TILES", "HAS_LOW", "SLICES", "RUN", "GROUP", "HAS_OFFSETS", "EVEN_K")
     _expert_matmul_kernel[(triton.cdiv(n, tile.block_n), parts, blocks.shape[0])](
         x, matrix.planes[0], matrix.planes[-1], matrix.scales, offsets, blocks, pairs, slots, out,
-        num_pairs, num_steps(matrix), n, matrix.in_features, x.stride(0), out.stride(1),
+        num_pairs, *divmod(num_steps(matrix), parts), n, matrix.in_features, x.stride(0), out.stride(1),
         matrix.planes[0].shape[0], matrix.scales.shape[0], matrix.group_size,
         **dict(zip(names, constants_of(matrix), strict=True)), **constants,
         EVEN_N=n % tile.block_n == 0, PTX=is_ptx_target(x),

@@ -12,7 +12,7 @@ Routes, chosen by the operand and by M alone:
   the cost of writing it is paid back by the rows.
 
 Accumulation is fp32 everywhere. With K split over programs, each part has a sum of its own, and whoever reads the
-product adds the parts in their order: a kernel that makes one sum of them (`matmul`), or the next op of the model
+product adds the parts in the order of K: a kernel that makes one sum of them (`matmul`), or the next op of the model
 while it reads its input anyway (`matmul_parts`). No floating-point atomics, so two runs agree bit for bit, and no
 program waits for another.
 
@@ -95,11 +95,13 @@ def matmul_reference(
 
 # M differs from step to step and the parts from matrix to matrix; a kernel per divisibility of either would be compiled
 # in the middle of serving.
-@triton.jit(do_not_specialize=["M", "first_features", "first_parts", "nums_steps", "num_groups", "num_highs"])
+@triton.jit(
+    do_not_specialize=["M", "first_features", "first_parts", "part_steps", "long_parts", "num_groups", "num_highs"]
+)
 def _matmul_kernel(
     p_x, p_highs, p_lows, p_scales, p_offsets, p_bias,
     p_out,  # [parts of K, M, N], rows out_stride apart
-    M, N, x_stride, out_stride, first_features, first_parts, nums_steps, num_highs, num_groups, group_sizes,
+    M, N, x_stride, out_stride, first_features, first_parts, part_steps, long_parts, num_highs, num_groups, group_sizes,
     SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_N: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, COPIES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +117,7 @@ def _matmul_kernel(
         if is_mine:
             b_acc = accumulate_part(
                 p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
-                i_k - first_parts[g], first_parts[g + 1] - first_parts[g], nums_steps[g], o_m, m_m, i_n * BLOCK_N, N,
+                i_k - first_parts[g], part_steps[g], long_parts[g], o_m, m_m, i_n * BLOCK_N, N,
                 first_features[g + 1] - first_features[g], x_stride, num_highs[g], num_groups[g], group_sizes[g],
                 SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], SEGMENTS[g][4], SEGMENTS[g][5],
                 SEGMENTS[g][6], SEGMENTS[g][7], EVEN_N, PTX, BLOCK_M, BLOCK_N, STAGES[g], OVERLAP, COPIES,
@@ -255,7 +257,7 @@ def _fused(
         tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
         bias, y, m, n, x.stride(0), y.stride(1),
         tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
-        tuple(num_steps(s) for s in segments),
+        *zip(*(divmod(num_steps(s), split) for s, split in zip(segments, splits, strict=True)), strict=True),
         tuple(s.planes[0].shape[0] for s in segments), tuple(s.scales.shape[0] for s in segments),
         tuple(s.group_size for s in segments),
         SEGMENTS=tuple(constants_of(segment) for segment in segments), HAS_BIAS=bias is not None,

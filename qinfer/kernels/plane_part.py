@@ -2,9 +2,6 @@
 
     sums[n, m] = sum_k x[m, k] W[n, k],   k in one of the parts of K
 
-Part p of S has the steps p, p + S, p + 2S, … of K: no part is longer than another by more than one, and what all
-programs read at a time is one stretch of the planes.
-
 The problem is transposed, Yᵀ = W · Xᵀ, so that the tensor cores take weights, unpacked in registers, as their first
 operand, and rows of x as their second. A bit position of a plane is a K slice of 32 features (`operand.py`), so a step
 of K is 4, 8 or 16 dots against as many slices of x. Accumulation is fp32.
@@ -71,7 +68,7 @@ def _offsets(p_offsets, i_group, o_n, m_n, N64, IN_WORDS: tl.constexpr):
 
 @triton.jit
 def accumulate_part(
-    p_x, p_high, p_low, p_scales, p_offsets, i_part, num_parts, num_steps, o_m, m_m, first_n, N,
+    p_x, p_high, p_low, p_scales, p_offsets, i_part, part_steps, long_parts, o_m, m_m, first_n, N,
     K, x_stride, num_high, num_groups, group_size,
     BITS: tl.constexpr, HIGH_TILES: tl.constexpr, HAS_LOW: tl.constexpr, SLICES: tl.constexpr, RUN: tl.constexpr,
     GROUP: tl.constexpr, HAS_OFFSETS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
@@ -90,16 +87,19 @@ def accumulate_part(
     o_n = first_n + tl.arange(0, BLOCK_N)
     m_n = (o_n < N) | EVEN_N
     N64 = tl.cast(N, tl.int64)
+    first = i_part * part_steps + tl.minimum(i_part, long_parts)
+    last = first + part_steps + (i_part < long_parts).to(tl.int32)
     p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride + o_c[:, None]
     # A division by a number known to the compiler is a shift; larger groups are few.
     divisor = tl.cast(group_size if GROUP == 0 else GROUP, tl.uint32)
     # `mma.sync` adds to its sums one after the other, and waits each time: two sets take turns.
     IN_TURN: tl.constexpr = BLOCK_M == 8 and RUN > 1
-    AS_STORED: tl.constexpr = IN_TURN and PTX and tl.float16 == DTYPE and slice_num_fields(BITS, 0, False) == 1
+    ONE_FIELD: tl.constexpr = slice_num_fields(BITS, 0, False) == 1
+    AS_STORED: tl.constexpr = IN_TURN and PTX and tl.float16 == DTYPE and ONE_FIELD
     UNIT: tl.constexpr = subnormal_unit(BITS, 0)
     b_ones = tl.full([BLOCK_N, 32], 1, DTYPE)
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for i_step in tl.range(i_part, num_steps, num_parts, num_stages=STAGES):
+    for i_step in tl.range(first, last, num_stages=STAGES):
         # Weights first: they are on their way while the kernel before still writes x.
         b_words = load_step(p_high, p_low, i_step, first_n, m_n, N64, num_high, HIGH_TILES, HAS_LOW)
         p_step = p_xs + (i_step * STEP + offset_of_inputs(i_step, OVERLAP))
@@ -114,7 +114,7 @@ def accumulate_part(
                 i_group = (o_k + half * 16).to(tl.uint32) // divisor
                 i_group = (i_group if EVEN_K else tl.minimum(i_group, num_groups - 1)).to(tl.int32)
                 if HAS_OFFSETS and (RUN == 0 or s % RUN == 0):
-                    b_offsets = _offsets(p_offsets, i_group, o_n, m_n, N64, EVEN_N and COPIES == 0)
+                    b_offsets = _offsets(p_offsets, i_group, o_n, m_n, N64, EVEN_N and COPIES == 0 and ONE_FIELD)
                 if AS_STORED:
                     b_codes = subnormal_codes(b_words, BITS, s)
                 elif HAS_OFFSETS:

@@ -34,14 +34,14 @@ FUSED_ROWS = 64  # up to here every product has a tile, on every GPU
 # beside the unpacked weights do not fit the registers.
 MAX_ROWS = {"sm_90": 64, "sm_100": 64}
 # Where ptxas, left alone, saves registers at the price of spills: the widths and rows for which it is told how many it
-# may use, by warps. That is what three programs of four warps per multiprocessor may have, or two of eight, or, on
-# sm_86 and sm_89, all that there are. Found by compiling all cases; said to others, it makes spills.
+# may use, by warps. That is what eight programs of two warps, three of four or two of eight may have together,
+# or, on sm_86 and sm_89, all that there are. Found by compiling all cases; said to others, it makes spills.
 _AMPERE_AND_ADA = ((4,), range(32, 65), {4: 255})
 SAVING: dict[str, tuple[tuple[int, ...], range, dict[int, int]]] = {
     "sm_86": _AMPERE_AND_ADA,
     "sm_89": _AMPERE_AND_ADA,
     "sm_100": ((2, 3, 4), range(65), {4: 168, 8: 128}),
-    "sm_120": ((4,), range(17), {4: 168}),
+    "sm_120": ((4, 8), range(17), {2: 128, 4: 168}),
 }
 LEAN_REGISTERS = 80  # the same for twelve programs of two warps, with 4 bits
 # And with several widths, by warps: what eight programs of two warps may have, and two of four. Said to ptxas of
