@@ -56,7 +56,10 @@ def _scales(p_scales, i_group, o_n, m_n, N64, EVEN_N: tl.constexpr):
 
 @triton.jit
 def _offsets(p_offsets, i_group, o_n, m_n, N64, IN_WORDS: tl.constexpr):
-    """Load the offsets of one group, in fp32; in 32-bit words, for the same reason, where a row has whole ones."""
+    """Load the offsets of one group, in fp32; in 32-bit words, for the same reason, where a row has whole ones.
+
+    Codes of two fields leave no registers for offsets that are fetched ahead, nor do weights that take their scales.
+    """
     if IN_WORDS:
         PER_WORD: tl.constexpr = 32 // p_offsets.dtype.element_ty.primitive_bitwidth
         p_words = p_offsets.to(tl.pointer_type(tl.int32), bitcast=True) + i_group * (N64 // PER_WORD)

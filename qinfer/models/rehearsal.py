@@ -8,7 +8,7 @@ part of what it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 
@@ -49,7 +49,7 @@ def _kind(part: object) -> Hashable:
     if is_dataclass(part):
         values = ((field.name, getattr(part, field.name)) for field in fields(part) if field.name != _PLACE)
         return type(part), tuple((name, _kind(value)) for name, value in values)
-    if isinstance(part, Iterable) and not isinstance(part, str):
+    if isinstance(part, tuple | list):
         return type(part), tuple(map(_kind, part))
     if part is None or isinstance(part, bool | int | float | str | torch.dtype):
         return part
