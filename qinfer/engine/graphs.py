@@ -168,6 +168,8 @@ class GraphRunner:
         for adapted in (False, True)[: 1 + has_adapters]:
             for room in sorted(self._rooms, reverse=True):
                 self._find(room, has_adapters=adapted)
+        # What the rehearsals took, few other steps will take.
+        torch.cuda.empty_cache()
 
     def forget_adapters(self) -> None:
         """Forget the steps with adapters: these have moved to other buffers."""

@@ -132,13 +132,16 @@ def offset_asm(bits, index, is_bf16, what):
 
 @triton.constexpr_function
 def shift_asm(amount):
-    """Return the assembly that shifts a pair of words; what crosses from one half to the other is masked away later."""
-    return f"shr.u32 $0, $1, {amount};"
+    """Return the assembly that shifts a pair of words right, or left by a negative amount.
+
+    What crosses from one half to the other is masked away later.
+    """
+    return f"shr.u32 $0, $1, {amount};" if amount > 0 else f"shl.b32 $0, $1, {-amount};"
 
 
 @triton.jit
 def _shifted(b_words, AMOUNT: tl.constexpr):
-    """Shift words right as packed pairs."""
+    """Shift words as packed pairs, right or by a negative amount left."""
     if AMOUNT == 0:
         return b_words
     else:
@@ -204,10 +207,9 @@ def subnormal_unit(bits, index):
 
 
 @triton.constexpr_function
-def subnormal_shift_asm(bits, index):
-    """Return the assembly that brings the field of a slice to its place."""
-    by = index % (16 // bits) * bits - subnormal_place(bits, index)
-    return f"shr.u32 $0, $1, {by};" if by > 0 else f"shl.b32 $0, $1, {-by};"
+def subnormal_shift(bits, index):
+    """Return by how much a word is shifted to have the field of a slice at its place."""
+    return index % (16 // bits) * bits - subnormal_place(bits, index)
 
 
 @triton.constexpr_function
@@ -223,10 +225,7 @@ def subnormal_codes(b_words, BITS: tl.constexpr, INDEX: tl.constexpr):
     Returns:
         [BLOCK_N, 32] fp16, codes times `subnormal_unit`, which is one number for even slices and one for odd ones.
     """
-    b_word = b_words[slice_word(BITS, INDEX, False, 0)]
-    b_word = tl.inline_asm_elementwise(
-        subnormal_shift_asm(BITS, INDEX), "=r,r", [b_word], dtype=tl.int16, is_pure=True, pack=2
-    )  # fmt: skip
+    b_word = _shifted(b_words[slice_word(BITS, INDEX, False, 0)], subnormal_shift(BITS, INDEX))
     return tl.inline_asm_elementwise(
         subnormal_asm(BITS, INDEX), "=r,r", [b_word], dtype=tl.float16, is_pure=True, pack=2
     )  # fmt: skip
