@@ -1,7 +1,7 @@
 """`python -m qinfer.bench op matmul`: the matrix product at every width, beside torch's own products, on real shapes.
 
-Each figure is the time of one product inside a CUDA graph that walks over enough copies of the matrix to exceed the
-cache several times, so weights come from memory. A product whose result is wrong reports no figure.
+Each figure is the time of one product inside a CUDA graph of several, which walk over enough copies of the matrix to
+exceed the cache several times, so weights come from memory. A product whose result is wrong reports no figure.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ from qinfer.kernels.dequant import check_plane_operand, dequantize
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.parts import load_sum
 from qinfer.kernels.plane_part import accumulate_part
-from qinfer.kernels.tiles import Tile, lookup, registers, shared_bytes
+from qinfer.kernels.tiles import FEW_ROWS, Tile, lookup, registers, shared_bytes
 
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
@@ -131,19 +132,17 @@ def _matmul_kernel(
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_m)
 
 
-@triton.jit(do_not_specialize=["M", "num_parts"])
+@triton.jit(do_not_specialize=["M"])
 def _sum_kernel(
-    p_parts, p_out, M, N, out_stride, num_parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
-):
+    p_parts, p_out, M, N, out_stride,
+    NUM_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     m_out = (o_m < M) & (o_n < N)
-    p_tile = p_parts + o_m * N + o_n
-    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_part in range(num_parts):
-        b_sum += tl.load(p_tile + i_part * (M * tl.cast(N, tl.int64)), mask=m_out, other=0.0)
+    b_sum = load_sum(p_parts + o_m * N + o_n, M * tl.cast(N, tl.int64), m_out, NUM_PARTS)
     tl.store(p_out + o_m * out_stride + o_n, b_sum.to(p_out.dtype.element_ty), mask=m_out)
 
 
@@ -283,9 +282,12 @@ def _stages(tile: Tile, segments: Sequence[PlaneOperand]) -> tuple[int, ...]:
 def _add_up(parts: Tensor, out: Tensor) -> None:
     """Write the sum of [S, M, N] fp32 parts to out [M, N]."""
     num_parts, m, n = parts.shape
-    block_m = 1 if m == 1 else 4
-    grid = (triton.cdiv(n, SUM_COLUMNS), triton.cdiv(m, block_m))
-    _sum_kernel[grid](parts, out, m, n, out.stride(0), num_parts, BLOCK_M=block_m, BLOCK_N=SUM_COLUMNS, **overlap(out))
+    # Few rows are spread over many small programs, which all run at once: each waits for memory only once.
+    rows = 1 if m <= FEW_ROWS else 4
+    _sum_kernel[triton.cdiv(n, SUM_COLUMNS), triton.cdiv(m, rows)](
+        parts, out, m, n, out.stride(0),
+        NUM_PARTS=num_parts, BLOCK_M=rows, BLOCK_N=SUM_COLUMNS, num_warps=rows, **overlap(out),
+    )  # fmt: skip
 
 
 def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand]) -> int:

@@ -11,6 +11,8 @@ A kernel that takes part (programmatic dependent launch) follows these rules:
   programs says it at once, and behind its wait where it waits for what comes from other ranks. One that fills the GPU
   says it behind its main loop: said earlier, programs of the next kernel sit where its own last programs could run
   (benchmarks/LOG.md).
+- All kernels divide a multiprocessor's memory alike (`carveout.py`), or programs of the next kernel could not start
+  where one of this kernel still runs.
 - The launch passes `**overlap(x)`, which holds OVERLAP for the kernel and the option for the driver.
 
 Elsewhere OVERLAP is False and a kernel starts when the one before has finished, as always.
@@ -26,6 +28,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qinfer.env import settings
+from qinfer.kernels.carveout import share_alike
 from qinfer.kernels.device import arch
 
 FIRST_ARCH = 90  # Hopper
@@ -35,6 +38,7 @@ FIRST_ARCH = 90  # Hopper
 def _options(name: str) -> dict[str, bool]:
     """Return what a launch on an architecture adds to its arguments."""
     if name.startswith("sm_") and int(name[3:]) >= FIRST_ARCH:
+        share_alike()
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 
