@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import torch
 
 from qinfer.bench.cases import CASES
 from qinfer.env import settings
+from qinfer.kernels.tiles import TABLES, Tile
 from tests.compile.report import Report, compile_for
 from tests.compile.targets import KIB, TARGETS, followers
+from tests.compile.tiles import tile_cases
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
@@ -23,6 +27,16 @@ def test_kernels_compile(name: str) -> None:
     assert {row["target"] for row in report.kernels} == {name, *(other.name for other in followers(name))}
     idle = {case.op for case in CASES} - {op for op, launches in report.launches.items() if launches}
     assert not idle, f"no case of these ops launches a kernel: {sorted(idle)}"
+
+
+def test_every_tile_of_a_table_is_a_case() -> None:
+    cases = tile_cases(TARGETS["sm_90"])
+    asked = {case.make(torch.device("cpu"), "empty")[1]["tile"] for case in cases}
+    for row in json.loads((TABLES / "sm_90.json").read_text())["rows"]:
+        shape = (row["block_m"], row["block_n"], min(row["split_k"], 2), row["warps"], row["stages"])
+        assert Tile(*shape, scaled=row.get("scaled", False)) in asked
+    assert len({case.name for case in cases}) == len(cases)
+    assert tile_cases(TARGETS["sm_80"]) == []
 
 
 def _report(target: str, **changes: Any) -> Report:

@@ -36,6 +36,7 @@ from qinfer.bench.cases import CASES
 from qinfer.kernels import device
 from tests.compile.sass import unwritten
 from tests.compile.targets import TARGETS, Target, followers
+from tests.compile.tiles import tile_cases
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.zeros}
@@ -214,4 +215,5 @@ if __name__ == "__main__":
     parser.add_argument("--all", action="store_true", help="also compile the cases that CI leaves out")
     options = parser.parse_args()
     with open(options.out, "w") as stream:
-        main(TARGETS[options.target], [case for case in CASES if case.compiled or options.all], stream)
+        target = TARGETS[options.target]
+        main(target, [*(case for case in CASES if case.compiled or options.all), *tile_cases(target)], stream)
