@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
-from qinfer.models.decoder import Decoder
+from qinfer.kernels.kv_codec import KVPages
+from qinfer.models.decoder import Block, Decoder
+from qinfer.models.layers import Attention
 
 _PLACE = "layer"  # says which layer of the cache is a block's, not what that is
 _ALIGNMENT = 16  # bytes: beyond them no kernel is compiled for where a tensor is
@@ -24,12 +26,17 @@ _ALIGNMENT = 16  # bytes: beyond them no kernel is compiled for where a tensor i
 
 def rehearsal(decoder: Decoder, cache: PagedKVCache) -> Decoder:
     """Return a decoder of some of the same blocks, on every rank of the same ones, to run over the same cache."""
-    kinds = [_kind((block, cache.pages(number))) for number, block in enumerate(decoder.blocks)]
+    kinds = [_kind((block, _pages(block, cache))) for block in decoder.blocks]
     needed = torch.zeros(1, len(kinds), dtype=torch.int32)
     needed[0, _representatives(kinds)] = 1
     # Ranks exchange sums behind every block, so what one of them needs all of them run.
     everyone = decoder.comm.all_gather(needed.to(decoder.norm.weight.device), 0)
     return replace(decoder, blocks=tuple(decoder.blocks[i] for i in everyone.amax(0).nonzero().flatten().tolist()))
+
+
+def _pages(block: Block, cache: PagedKVCache) -> tuple[KVPages, KVPages] | None:
+    """Return the pages of a block's layer; a rank without heads has none."""
+    return cache.pages(block.attention.layer) if isinstance(block.attention, Attention) else None
 
 
 def _representatives(kinds: list[Hashable]) -> list[int]:

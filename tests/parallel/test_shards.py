@@ -26,6 +26,7 @@ from qinfer.models.decoder import Decoder
 from qinfer.models.invariant import make_invariant
 from qinfer.models.model import Model
 from qinfer.models.placement import sizes_of
+from qinfer.models.rehearsal import rehearsal
 from qinfer.models.shards import Idle, Nothing, SomeColumns, SomeInputs
 from qinfer.parallel.plan import Plan, Share
 from qinfer.quant import AWQWeight, CompressedWeight, EXL2Weight, FP8Weight, GPTQWeight, Weight
@@ -172,6 +173,28 @@ def test_how_sums_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: 
             return comm.heard
 
         assert on_ranks(3, listen) == [sums] * 3
+
+
+@pytest.mark.parametrize("counts", [EQUAL, UNEQUAL, ONE_SIDED], ids=["equal", "unequal", "one-sided"])
+@pytest.mark.parametrize(("kv_format", "numbers"), [("fp16", [0, 1, 5]), ("q8,3:fp16", [0, 1, 2, 3, 4, 5])])
+def test_ranks_rehearse_the_same_blocks(
+    tmp_path: Path, kv_format: str, numbers: list[int], counts: tuple[tuple[int, int, int, int], ...]
+) -> None:
+    """Also one without heads, whose cache has a single layer that nobody reads."""
+    folder = write(tmp_path, "gptq", num_hidden_layers=6)
+    plan = divide(folder, *counts)
+
+    def rehearse(rank: ThreadRank) -> tuple[list[int], Tensor]:
+        model = load(folder, plan, rank)
+        cache = model.new_cache(2, page_size=16, kv_format=kv_format)
+        few = rehearsal(model.decoder, cache)
+        batch = Batch.build([Piece(IDS[:11], 0, [1, 0], "all")], page_size=16, device=CPU)
+        places = {id(block): number for number, block in enumerate(model.decoder.blocks)}
+        return [places[id(block)] for block in few.blocks], few(batch, cache)
+
+    results = on_ranks(len(counts), rehearse)
+    assert [found for found, _ in results] == [numbers] * len(counts)
+    assert all(torch.equal(logits, results[0][1]) for _, logits in results)
 
 
 def test_five_ranks_share_four_heads(tmp_path: Path) -> None:
