@@ -78,7 +78,7 @@ def outcome(contender: Contender, x: Tensor, *, is_peer: bool = False, repeats: 
     """Check one copy, then time them all in one graph; what a peer raises is its result, what qinfer raises is not."""
     x = x.to(contender.dtype)
     try:
-        error = _error(contender.functions[0](x), contender.reference(x))
+        error = relative_error(contender.functions[0](x), contender.reference(x))
         if not error < (COARSE if contender.dtype == torch.bfloat16 else TOLERANCE):
             return Outcome(None, f"wrong: relative error {error:.2g}")
         calls = [partial(function, x) for function in contender.functions]
@@ -90,7 +90,7 @@ def outcome(contender: Contender, x: Tensor, *, is_peer: bool = False, repeats: 
         return Outcome(None, _told(problem))
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the relative RMS error; NaN where there is NaN."""
     return float((actual.float() - expected).norm() / expected.norm())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qinfer.bench import attention, load, matmul, sample
+from qinfer.bench import attention, every, load, matmul, sample
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -19,3 +19,4 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     attention.add_parser(ops)
     load.add_parser(ops)
     sample.add_parser(ops)
+    every.add_parser(ops)

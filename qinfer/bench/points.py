@@ -59,7 +59,7 @@ class Bars:
 
 def work(row: Row) -> tuple[float, float, float] | None:
     """Return operations, bytes and seconds of a row; None where it does not tell them, or is wrong."""
-    if row.get("op") == "matmul" and row.get("ms"):
+    if row.get("op") == "matmul" and "m" in row and row.get("ms"):
         m, n, k = row["m"], row["n"], row["k"]
         # The matrix, and the rows in and out in 16 bits.
         return 2.0 * m * n * k, row["bytes"] + 2.0 * m * (n + k), row["ms"] / 1e3
