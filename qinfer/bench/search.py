@@ -21,8 +21,8 @@ MIN_GAIN = 0.002  # of the step: less is noise, whatever the samples say
 MAX_PARTS = 32  # the readers of a product are compiled for each number of them
 CONFIRMATIONS = 5  # pairs of runs, old and new in turns
 _COLUMNS_AND_WARPS = {  # of tiles with so many rows
-    8: ((64, 2), (64, 4), (128, 4)),
-    16: ((64, 2), (64, 4), (128, 4), (128, 8)),
+    8: ((64, 2), (64, 4), (128, 2), (128, 4), (256, 4)),
+    16: ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4)),
     32: ((64, 4), (128, 4), (128, 8)),
     64: ((64, 4), (64, 8), (128, 4), (128, 8)),
 }

@@ -43,7 +43,7 @@ SAVING: dict[str, tuple[tuple[int, ...], range, dict[int, int]]] = {
     "sm_100": ((2, 3, 4), range(65), {4: 168, 8: 128}),
     "sm_120": ((4, 8), range(17), {2: 128, 4: 168}),
 }
-LEAN_REGISTERS = 80  # the same for twelve programs of two warps, with 4 bits
+LEAN_REGISTERS = 80  # the same for twelve programs of two warps and 64 columns, with 4 bits
 # And with several widths, by warps: what eight programs of two warps may have, and two of four. Said to ptxas of
 # Triton 3.6, it takes spills away; said to that of 3.9, it makes them.
 MIXED_REGISTERS = {2: 120, 4: 232} if triton.__version__.startswith("3.6.") else {}
@@ -146,7 +146,7 @@ def trial(arch: str, tiles: Mapping[Product, Tile]) -> Iterator[None]:
 
 def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
     """Return the option of a launch that sets the limit of registers, if a tile needs one."""
-    if tile.block_m == LEAN_ROWS and tile.warps == 2 and widths == (4,) and arch.startswith("sm_"):
+    if (tile.block_m, tile.block_n, tile.warps) == (LEAN_ROWS, 64, 2) and widths == (4,) and arch.startswith("sm_"):
         return {"maxnreg": LEAN_REGISTERS}
     if tile.block_m == LEAN_ROWS and tile.warps in MIXED_REGISTERS and len(set(widths)) > 1:
         is_long = has_long_steps(widths) and tile.warps == 2

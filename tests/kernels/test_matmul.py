@@ -21,6 +21,7 @@ from qinfer.kernels.parts import add_up
 from qinfer.kernels.tiles import (
     FUSED_ROWS,
     LEAN_BITS,
+    LEAN_REGISTERS,
     LEAN_ROWS,
     TABLES,
     Product,
@@ -29,6 +30,7 @@ from qinfer.kernels.tiles import (
     lean_rule,
     lookup,
     mixed_rule,
+    registers,
     rule,
     shared_bytes,
     trial,
@@ -411,6 +413,14 @@ def test_unknown_gpus_use_the_rule() -> None:
     assert lookup("sm_00", 100, 1, 4096, 4096, (5, 4), 128, False) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
     for m, widths in ((1, (5, 4)), (1, (6, 4)), (16, (6, 4))):
         assert lookup("sm_90", 132, m, 4096, 4096, widths, 128, False) == mixed_rule(132, m, 4096, 4096, widths)
+
+
+def test_registers_are_limited_where_many_programs_share_a_multiprocessor() -> None:
+    assert registers("sm_90", (4,), Tile(8, 64, 4, 2, 3)) == {"maxnreg": LEAN_REGISTERS}
+    # Twice the columns for each warp, and nearly twice the sums: with as few registers it would spill.
+    for tile in (Tile(8, 128, 4, 2, 3), Tile(8, 64, 4, 4, 3), Tile(16, 64, 4, 2, 3)):
+        assert registers("sm_90", (4,), tile) == {}
+    assert registers("sm_90", (8,), Tile(8, 64, 4, 2, 3)) == registers("gfx942", (4,), Tile(8, 64, 4, 2, 3)) == {}
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
