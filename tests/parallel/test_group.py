@@ -133,6 +133,17 @@ def catch_children(monkeypatch: pytest.MonkeyPatch) -> list[Children]:
     return caught
 
 
+def test_every_rank_warms_up_also_one_without_heads(folder: Path) -> None:
+    model = Model.load(folder, device="cpu", gpus=[0.02, 0.012, 0.003], cache_tokens=100)
+    assert model.plan is not None
+    assert any(start == stop for start, stop in (share.kv_heads for share in model.plan.shares))
+    generator = Generator(model, max_tokens=64, page_size=16, max_step_tokens=16, max_batch=2)
+    generator.warm_up()
+    params = SamplingParams(temperature=0, max_new_tokens=3)
+    whole = Generator(Model.load(folder, device="cpu"), max_tokens=64, page_size=16)
+    assert generator.generate(tiny.prompt(9), params) == whole.generate(tiny.prompt(9), params)
+
+
 def test_model_on_three_ranks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, greedy and seeded text, streams left early, adapters; then a rank is killed while it decodes."""
     children = catch_children(monkeypatch)
