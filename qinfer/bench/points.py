@@ -59,12 +59,12 @@ class Bars:
 
 def work(row: Row) -> tuple[float, float, float] | None:
     """Return operations, bytes and seconds of a row; None where it does not tell them, or is wrong."""
-    if row.get("op") == "matmul" and "m" in row and row.get("ms"):
+    if row.get("flops") and row.get("bytes") and row.get("ms"):
+        return row["flops"], row["bytes"], row["ms"] / 1e3
+    if row.get("op") == "matmul" and row.get("ms"):
         m, n, k = row["m"], row["n"], row["k"]
         # The matrix, and the rows in and out in 16 bits.
         return 2.0 * m * n * k, row["bytes"] + 2.0 * m * (n + k), row["ms"] / 1e3
-    if row.get("flops") and row.get("bytes") and row.get("ms"):
-        return row["flops"], row["bytes"], row["ms"] / 1e3
     if row.get("flops_per_step") and row["bench"] == "model":
         return row["flops_per_step"], row["bytes_per_step"], row["ms_per_step"]["median"] / 1e3
     return None

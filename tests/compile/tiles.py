@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from qinfer.bench.case import Arguments, Case
 from qinfer.bench.maker import Fill, Maker
 from qinfer.bench.shapes import HALVES, Matrix, Stored
-from qinfer.kernels.tiles import TABLES, Tile
+from qinfer.kernels.tiles import Tile, _table
 from tests.compile.targets import Target
 
 MATRIX = Matrix("table", 4096, 2048)  # what it is besides even, no kernel knows
@@ -19,22 +18,20 @@ MATRIX = Matrix("table", 4096, 2048)  # what it is besides even, no kernel knows
 
 def tile_cases(target: Target) -> list[Case]:
     """Return a case per kernel that the table asks for; how often K is cut does not make another, but for once."""
-    path = TABLES / f"{target.name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     wanted = {
-        (
-            Stored(f"{row['bits']} bits g{row['group_size']}", row["bits"], row["group_size"]),
-            replace(tile, split_k=cuts),
-        )
-        for row in rows
-        for tile in [Tile(**{field.name: row[field.name] for field in fields(Tile) if field.name in row})]
-        for cuts in [min(tile.split_k, 2)]
+        (Stored(f"{product.bits} bits g{product.group_size}", product.bits, product.group_size), once_cut(tile))
+        for product, tile in _table(target.name).items()
     }
     return [
         Case("matmul", f"{stored.name} {half} {tile}", partial(_arguments, stored, tile, half))
         for stored, tile in sorted(wanted, key=str)
         for half in HALVES
     ]
+
+
+def once_cut(tile: Tile) -> Tile:
+    """Return the tile with at most two parts of K."""
+    return replace(tile, split_k=min(tile.split_k, 2))
 
 
 def _arguments(stored: Stored, tile: Tile, half: str, device: torch.device, fill: Fill) -> Arguments:
