@@ -124,7 +124,7 @@ class Function:
 
     @property
     def is_kernel(self) -> bool:
-        return "triton.jit" in self.decorators
+        return bool({"triton.jit", "gluon.jit"} & set(self.decorators))
 
     @property
     def parameters(self) -> list[str]:

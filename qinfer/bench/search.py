@@ -26,6 +26,7 @@ _COLUMNS_AND_WARPS = {  # of tiles with so many rows
     32: ((64, 4), (128, 4), (128, 8), (256, 8)),
     64: ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8)),
 }
+_WGMMA_COLUMNS_AND_WARPS = ((64, 4), (128, 4), (128, 8), (256, 4), (256, 8))
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ def candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
     for warps, stages in itertools.product((4, 8), (2, 3)) if m > 64 else ():
         for split_k in _splits(128, 128, m, n, k, sms):
             yield Tile(128, 128, split_k, warps, stages, scaled=True)
+
+
+def wgmma_candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
+    """Yield tiles of the kernel for Hopper; where it takes a matrix, no other was ever faster (benchmarks/LOG.md)."""
+    block_m = max(8, 1 << (m - 1).bit_length())
+    for (block_n, warps), stages, late in itertools.product(_WGMMA_COLUMNS_AND_WARPS, (3, 4, 5), (True, False)):
+        for split_k in _splits(block_m, block_n, m, n, k, sms):
+            yield Tile(block_m, block_n, split_k, warps, stages, wgmma=True, late=late)
 
 
 def _splits(block_m: int, block_n: int, m: int, n: int, k: int, sms: int) -> list[int]:

@@ -27,14 +27,14 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from qinfer.bench.echo import synthetic_share
 from qinfer.bench.measure import environment, time_graph
 from qinfer.bench.recipes import PACKED
-from qinfer.bench.search import Change, candidates, search
+from qinfer.bench.search import Change, candidates, search, wgmma_candidates
 from qinfer.bench.synthetic import PRESETS
 from qinfer.cache.paged import PagedKVCache
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import arch, default_device, num_sms
 from qinfer.kernels.matmul import matmul
 from qinfer.kernels.operand import PlaneOperand
-from qinfer.kernels.tiles import MEASURED, TABLES, Product, Tile, bucket, trial
+from qinfer.kernels.tiles import FUSED_ROWS, MEASURED, TABLES, WGMMA, Product, Tile, bucket, trial, wgmma_fits
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 
@@ -133,7 +133,10 @@ class Step:
     def choices(self, key: Product) -> list[Tile]:
         """Return the tiles to try for a matrix."""
         device = self.model.device
-        tiles = candidates(key.m_max, key.n, key.k, num_sms(device))
+        shape = key.m_max, key.n, key.k, num_sms(device)
+        if key.m_max <= FUSED_ROWS and arch(device) in WGMMA and wgmma_fits(key.n, key.k, (key.bits,), key.group_size):
+            return list(wgmma_candidates(*shape))
+        tiles = candidates(*shape)
         return [tile for tile in tiles if not tile.scaled or arch(device) in MEASURED]
 
     def run(self) -> Tensor:

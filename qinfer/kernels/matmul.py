@@ -40,7 +40,17 @@ from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand,
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.parts import load_sum
 from qinfer.kernels.plane_part import accumulate_part
-from qinfer.kernels.tiles import FEW_ROWS, Tile, lookup, registers, shared_bytes
+from qinfer.kernels.tiles import (
+    FEW_ROWS,
+    WGMMA,
+    WGMMA_BITS,
+    Tile,
+    lookup,
+    registers,
+    shared_bytes,
+    wgmma_fits,
+)
+from qinfer.kernels.wgmma import launch_wgmma
 
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
@@ -157,6 +167,18 @@ def _check_segments(segments: Sequence[PlaneOperand]) -> None:
             raise ValueError(f"segments[{number}] must have a multiple of {SLICE_K} inputs, got {segment.in_features}")
 
 
+def _check_wgmma(x: Tensor, operand: Operand) -> None:
+    if arch(x.device) not in WGMMA:
+        raise UnsupportedError(f"tiles with wgmma work on {', '.join(WGMMA)}, not on {arch(x.device)}")
+    if not isinstance(operand, PlaneOperand) or not wgmma_fits(
+        operand.out_features, operand.in_features, (operand.bits,), operand.group_size
+    ):
+        raise UnsupportedError(
+            f"tiles with wgmma want one matrix with codes of {' or '.join(map(str, WGMMA_BITS))} bits, K and groups "
+            "multiples of 128 and N a multiple of 16; tiles with wgmma=False take every matrix"
+        )
+
+
 def _check_matmul(
     x: Tensor,
     operand: Operand,
@@ -181,6 +203,8 @@ def _check_matmul(
         raise ValueError(f"out must be {[x.shape[0], n]} with rows contiguous, got {list(out.shape)}")
     if out is not None and out_dtype not in (None, out.dtype):
         raise TypeError(f"out_dtype must be that of out, {out.dtype}, got {out_dtype}")
+    if tile is not None and tile.wgmma:
+        _check_wgmma(x, operand)
     if tile is not None and tile.scaled and arch(x.device) == "sm_100":
         raise UnsupportedError("Triton miscompiles tiles that scale weights for sm_100; tiles with scaled=False work")
 
@@ -249,6 +273,9 @@ def _fused(
         y = torch.empty(parts, m, n, dtype=dtype if parts == 1 else torch.float32, device=x.device)
     else:
         y = out[None]
+    if tile.wgmma and x.element_size() == 2:  # the other kernel takes x in fp32, with the same tile
+        launch_wgmma(x, segments[0], bias, y, tile)
+        return y
     # Scales with fewer elements than a program has threads would be loaded by some of them and handed around.
     copies = max(1, WARP * tile.warps // tile.block_n) if tile.scaled else 0
     _matmul_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](

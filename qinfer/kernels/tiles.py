@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from math import ceil, floor
 from pathlib import Path
@@ -50,6 +50,7 @@ MIXED_REGISTERS = {2: 120, 4: 232} if triton.__version__.startswith("3.6.") else
 # GPUs that have tiles of their own for many rows and for mixed widths: elsewhere nobody has measured them, mixtures
 # spill, and for sm_100 Triton 3.6 makes a kernel that only traps of weights that are scaled before their product.
 MEASURED = ("sm_90",)
+WGMMA, WGMMA_BITS = ("sm_90",), (4, 8)  # GPUs that have `wgmma`, and codes that its kernel takes
 TABLES = Path(__file__).parent / "tile_tables"
 
 
@@ -58,7 +59,9 @@ class Tile:
     """How a matmul is cut: rows and columns of the output per program, parts of K, warps and pipeline stages.
 
     With `scaled`, weights take their scales before they are multiplied, and not the sums of a group after it: an
-    operation per weight instead of one per sum and group, and one set of sums in the registers instead of two.
+    operation per weight instead of one per sum and group, and one set of sums in the registers instead of two. With
+    `wgmma`, the kernel of `wgmma.py` takes it, which with `late` adds the sums of a step while the weights of the next
+    are unpacked.
     """
 
     block_m: int
@@ -67,6 +70,8 @@ class Tile:
     warps: int
     stages: int
     scaled: bool = False
+    wgmma: bool = False
+    late: bool = False
 
 
 class Product(NamedTuple):
@@ -116,8 +121,12 @@ def lookup(
         The tile; None where writing the matrix out is faster, which it never is for up to FUSED_ROWS rows.
     """
     row = _table(arch).get(Product(widths[0], group_size, bucket(m), n, k)) if len(widths) == 1 else None
+    if row is not None and row.wgmma:
+        return replace(row, late=row.late and not has_offsets)
     if row is not None and not (row.scaled and has_offsets):
         return row
+    if m <= FUSED_ROWS and arch in WGMMA and wgmma_fits(n, k, widths, group_size):
+        return wgmma_rule(num_sms, m, n, k, has_offsets=has_offsets)
     if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and group_size >= 32 and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
     if len(set(widths)) > 1 and m <= FEW_ROWS and arch in MEASURED:
@@ -216,6 +225,30 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
     # With 8 rows rather a few more than a tenth less: some multiprocessors would have twice the work of the others.
     split_k = floor(wanted) if rows == FEW_ROWS else ceil(0.9 * wanted)
     return Tile(rows, 128, max(1, min(split_k, k // MIN_PART, 16)), 4, 2)
+
+
+def wgmma_fits(n: int, k: int, widths: tuple[int, ...], group_size: int) -> bool:
+    """Return whether the kernel of `wgmma.py` takes a matrix: whole steps, whole groups and aligned rows."""
+    return len(widths) == 1 and widths[0] in WGMMA_BITS and k % MIN_STEP == group_size % MIN_STEP == n % 16 == 0
+
+
+def wgmma_rule(num_sms: int, m: int, n: int, k: int, *, has_offsets: bool) -> Tile:
+    """Return a reasonable tile of the kernel of `wgmma.py` for up to FUSED_ROWS rows.
+
+    Three programs to a multiprocessor, two with 64 rows and 128 columns, whose sums leave no registers for a third; of
+    many rows narrow tiles, where four parts of K fill the GPU with them, for parts cost more to add there. Two programs
+    that walk over all of K have a stage more. Sums added late take registers, too, which pays unless there are more
+    programs than run at once. Where offsets have to be taken from the codes, they are not: ptxas would wait for every
+    single `wgmma`.
+    """
+    block_m = max(8, 1 << (m - 1).bit_length())
+    is_narrow = block_m > 16 and 4 * -(-n // 64) <= 3 * num_sms
+    block_n = 64 if is_narrow else 128
+    programs, places = -(-n // block_n), (3 if is_narrow or block_m < FUSED_ROWS else 2) * num_sms
+    split_k = max(1, min(places // programs, k // MIN_PART, 4 if is_narrow else 16))
+    late = not has_offsets and (block_m > 16 or programs * split_k <= places)
+    stages = 4 if block_m <= 16 and split_k == 1 and programs <= 2 * num_sms else 3
+    return Tile(block_m, block_n, split_k, 4, stages, wgmma=True, late=late)
 
 
 def wide_rows(widths: tuple[int, ...]) -> int:

@@ -16,7 +16,7 @@ from qinfer.bench import synthetic, tune
 from qinfer.bench.__main__ import main as bench
 from qinfer.bench.echo import synthetic_share
 from qinfer.bench.measure import Times
-from qinfer.bench.search import Change, candidates, search
+from qinfer.bench.search import Change, candidates, search, wgmma_candidates
 from qinfer.bench.synthetic import synthetic_model
 from qinfer.kernels import tiles
 from qinfer.kernels.tiles import Product, Tile, lookup, trial
@@ -91,6 +91,15 @@ def test_candidates_fit_the_matrix() -> None:
     wide = list(candidates(256, 4096, 4096, 132))
     assert {(tile.block_m, tile.scaled) for tile in wide} == {(64, False), (128, True)}
     assert all(2 * 32 * tile.split_k <= 16 * 132 for tile in wide)
+
+
+def test_candidates_for_hopper_are_those_of_its_kernel() -> None:
+    for m, rows in ((1, 8), (8, 8), (9, 16), (64, 64)):
+        found = list(wgmma_candidates(m, 28672, 4096, 132))
+        assert len(set(found)) == len(found)
+        assert {tile.block_m for tile in found} == {rows}
+        assert all(tile.wgmma and not tile.scaled and tile.block_n >= 16 * tile.warps for tile in found)
+        assert {tile.late for tile in found} == {False, True}
 
 
 def test_candidates_fill_whole_rounds_of_the_gpu() -> None:

@@ -22,18 +22,18 @@ MIN_REGISTERS = 6
 class Report:
     """What one worker found."""
 
-    kernels: list[
-        dict[str, Any]
-    ]  # op, case, kernel, target, registers, spills [bytes; AMD: registers], shared [bytes], warps, unwritten [NVIDIA]
+    # op, case, kernel, target, registers, spills [bytes; AMD: registers], shared [bytes], warps; NVIDIA: unwritten and
+    # disturbed
+    kernels: list[dict[str, Any]]
     launches: dict[str, int]  # op -> kernel launches over all of its cases
     errors: list[str]
 
     def offenders(self) -> list[str]:
         """Name every kernel that does not compile, takes more shared memory than there is, or spills on NVIDIA.
 
-        And one that reads registers that nothing wrote (`sass.py`), and one of fewer registers than addresses take on
-        NVIDIA: Triton makes such a kernel, which only traps, of what it cannot compile. (On AMD scalar registers, which
-        do not count here, hold the addresses.)
+        And one that reads registers that nothing wrote or disturbs a product (`sass.py`), and one of fewer registers
+        than addresses take on NVIDIA: Triton makes such a kernel, which only traps, of what it cannot compile. (On AMD
+        scalar registers, which do not count here, hold the addresses.)
         """
         found = list(self.errors)
         for row in self.kernels:
@@ -44,6 +44,9 @@ class Report:
             if row["spills"] and target.backend == "cuda":
                 found.append(f"{where}: {row['spills']} bytes spilled, {row['registers']} registers")
             found += [f"{where}: reads a register that nothing wrote: {line}" for line in row.get("unwritten", ())]
+            found += [
+                f"{where}: disturbs a product that may not have ended: {line}" for line in row.get("disturbed", ())
+            ]
             if row["registers"] < MIN_REGISTERS and target.backend == "cuda":
                 found.append(f"{where}: {row['registers']} registers, so it does nothing")
         return found

@@ -34,7 +34,7 @@ import qinfer.kernels
 from qinfer.bench.case import Case
 from qinfer.bench.cases import CASES
 from qinfer.kernels import device
-from tests.compile.sass import unwritten
+from tests.compile.sass import disturbed, unwritten
 from tests.compile.targets import TARGETS, Target, followers
 from tests.compile.tiles import tile_cases
 
@@ -127,7 +127,7 @@ def launches_only_compile(made: list[Any]) -> Iterator[None]:
 
 
 def nvidia_resources(binary: bytes, ptx: str) -> dict[str, Any]:
-    """Read registers and spilled bytes from a cubin, and what reads registers that nothing wrote.
+    """Read registers and spilled bytes from a cubin, and instructions that `sass.py` finds wrong.
 
     Spills live in the stack frame. So do local arrays that the compiler cannot index at compile time; they cost as much
     and count as spills. A frame that no instruction touches counts as none: ptxas of Triton 3.9 leaves such behind.
@@ -145,7 +145,12 @@ def nvidia_resources(binary: bytes, ptx: str) -> dict[str, Any]:
         listing = _output(NVIDIA_BIN / "cuobjdump", "-sass", cubin) if spills or is_described else ""
         if spills and re.search(r"\b(STL|LDL)\b", listing) is None:
             spills = 0
-    return {"registers": registers, "spills": spills, "unwritten": unwritten(listing) if is_described else []}
+    return {
+        "registers": registers,
+        "spills": spills,
+        "unwritten": unwritten(listing) if is_described else [],
+        "disturbed": disturbed(listing) if is_described else [],
+    }
 
 
 def amd_resources(kernel: Any) -> dict[str, int]:

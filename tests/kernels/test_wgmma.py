@@ -1,0 +1,197 @@
+"""The product for Hopper against the reference and against the weights that `dequantize` writes; only a GPU runs it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qinfer.errors import UnsupportedError
+from qinfer.kernels import matmul as module
+from qinfer.kernels.dequant import dequantize
+from qinfer.kernels.device import arch
+from qinfer.kernels.matmul import matmul, matmul_parts
+from qinfer.kernels.operand import MIN_STEP
+from qinfer.kernels.tiles import (
+    FUSED_ROWS,
+    TABLES,
+    WGMMA,
+    WGMMA_BITS,
+    Product,
+    Tile,
+    lookup,
+    trial,
+    wgmma_fits,
+    wgmma_rule,
+)
+from tests.compare import assert_close
+from tests.kernels.operands import plane_operand, segmented_operand
+from tests.strategies import random_tensor
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def hopper(device: torch.device) -> torch.device:
+    if arch(device) not in WGMMA:
+        pytest.skip(f"wgmma is an instruction of {', '.join(WGMMA)}")
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", WGMMA_BITS)
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(8, 128, 1, 4, 3, wgmma=True),
+        Tile(8, 256, 3, 4, 3, wgmma=True, late=True),
+        Tile(8, 64, 2, 4, 5, wgmma=True, late=True),
+        Tile(16, 128, 1, 4, 3, wgmma=True),
+        Tile(16, 128, 3, 4, 2, wgmma=True),
+        Tile(16, 256, 2, 4, 3, wgmma=True),
+        Tile(16, 64, 5, 4, 5, wgmma=True),
+        Tile(32, 128, 2, 4, 4, wgmma=True),
+        Tile(64, 128, 1, 4, 3, wgmma=True),
+        Tile(16, 128, 2, 4, 3, wgmma=True, late=True),
+        Tile(32, 128, 1, 8, 3, wgmma=True, late=True),
+        Tile(64, 128, 2, 4, 3, wgmma=True, late=True),
+        Tile(64, 64, 4, 4, 4, wgmma=True, late=True),
+    ],
+    ids=str,
+)
+def test_every_tile_gives_the_product(
+    hopper: torch.device, tile: Tile, bits: int, dtype: torch.dtype, symmetric: bool
+) -> None:
+    for k, n, group_size in ((640, 272, 128), (512, 128, 256), (2048, 16, 2048)):
+        operand = plane_operand(k, n, bits=bits, group_size=group_size, symmetric=symmetric, device=hopper)
+        for m in (1, tile.block_m - 3, tile.block_m + 3):
+            x, bias = random_tensor(m, k, seed=m, dtype=dtype).to(hopper), random_tensor(n, seed=k).to(hopper)
+            expected = matmul.reference(x, operand, bias=bias)
+            first = matmul(x, operand, bias=bias, tile=tile)
+            assert_close(first, expected)
+            for _ in range(5):
+                assert torch.equal(matmul(x, operand, bias=bias, tile=tile), first), "two runs must agree bit for bit"
+            parts = matmul_parts(x, operand, bias=bias, tile=tile)
+            assert parts.shape[0] == min(tile.split_k, k // MIN_STEP)
+            assert_close(parts.sum(0).to(dtype), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", WGMMA_BITS)
+@pytest.mark.parametrize("late", [False, True])
+def test_each_weight_is_that_of_dequantize(hopper: torch.device, bits: int, dtype: torch.dtype, late: bool) -> None:
+    operand = plane_operand(384, 80, bits=bits, group_size=128, device=hopper, scale_dtype=dtype)
+    # One feature per row of x, so a product is one weight, and no sum hides how it was rounded.
+    weights = matmul(
+        torch.eye(384, dtype=dtype, device=hopper), operand, tile=Tile(64, 128, 1, 4, 3, wgmma=True, late=late)
+    )
+    assert torch.equal(weights, dequantize(operand.planes[0], operand, dtype=dtype).t())
+
+
+@pytest.mark.gpu
+def test_x_and_the_result_may_be_parts_of_wider_tensors(hopper: torch.device) -> None:
+    operand, tile = plane_operand(256, 128, device=hopper), Tile(16, 128, 1, 4, 3, wgmma=True)
+    wide = random_tensor(9, 300, seed=0, dtype=torch.float16).to(hopper)
+    for x in (wide[:, 3:259], wide[:, 16:272], wide[2:, :256]):
+        out = torch.zeros(x.shape[0], 200, dtype=torch.float16, device=hopper)
+        matmul(x, operand, out=out[:, 5:133], tile=tile)
+        assert_close(out[:, 5:133], matmul.reference(x, operand))
+        assert not out[:, :5].any()
+        assert not out[:, 133:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 4, 8, 9, 16, 17, 33, FUSED_ROWS])
+def test_it_is_the_route_of_these_rows(hopper: torch.device, m: int) -> None:
+    for bits, symmetric in ((4, True), (4, False), (8, True)):
+        operand = plane_operand(1024, 400, bits=bits, symmetric=symmetric, device=hopper)
+        tile = module.tile_of((operand,), hopper, m)
+        assert tile is not None
+        assert tile.wgmma
+        for dtype in (*DTYPES, torch.float32):
+            x = random_tensor(m, 1024, seed=m, dtype=dtype).to(hopper)
+            assert_close(matmul(x, operand), matmul.reference(x, operand))
+
+
+@given(
+    m=st.integers(1, FUSED_ROWS),
+    n=st.integers(1, 4096).map(lambda n: 8 * n),
+    k=st.integers(1, 512).map(lambda k: 32 * k),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    group_size=st.sampled_from([16, 32, 64, 128, 256, 1024]),
+    has_offsets=st.booleans(),
+)
+def test_the_tables_ask_for_it_only_where_it_fits(
+    m: int, n: int, k: int, bits: int, group_size: int, has_offsets: bool
+) -> None:
+    fits = wgmma_fits(n, k, (bits,), group_size)
+    assert fits == (bits in WGMMA_BITS and k % 128 == n % 16 == group_size % 128 == 0)
+    assert not wgmma_fits(n, k, (bits, bits), group_size)
+    tile = lookup("sm_90", 132, m, n, k, (bits,), group_size, has_offsets)
+    assert tile is not None
+    assert tile.wgmma == fits
+    elsewhere = lookup("sm_80", 108, m, n, k, (bits,), group_size, has_offsets)
+    assert elsewhere is not None
+    assert not elsewhere.wgmma
+    if tile.wgmma:
+        assert tile.block_m >= m
+        assert not (tile.late and has_offsets)
+
+
+def test_sums_are_not_added_late_where_there_are_offsets() -> None:
+    shape = Product(4, 128, 64, 4096, 4096)
+    with trial("sm_90", {shape: Tile(64, 64, 4, 4, 3, wgmma=True, late=True)}):
+        for m, has_offsets in ((64, False), (64, True), (16, False), (16, True)):
+            tile = lookup("sm_90", 132, m, 4096, 4096, (4,), 128, has_offsets)
+            assert tile is not None
+            assert (tile.wgmma, tile.late) == (True, not has_offsets)
+            assert tile.block_n == (64 if m == 64 else 128)
+
+
+def test_programs_are_as_many_as_run_at_once() -> None:
+    for n, k in ((4096, 4096), (6144, 4096), (8192, 28672), (28672, 4096), (128256, 4096)):
+        for m in (1, 8, 16, 32, 64):
+            tile = wgmma_rule(132, m, n, k, has_offsets=False)
+            programs = -(-n // tile.block_n) * tile.split_k
+            places = (2 if tile.block_m * tile.block_n == 64 * 128 else 3) * 132
+            assert programs <= places or tile.split_k == 1
+            assert tile.split_k * 512 <= k
+            assert tile.block_n == (64 if m > 16 and n <= 6144 else 128)
+            assert tile.late == (m > 16 or programs <= places)
+            assert not wgmma_rule(132, m, n, k, has_offsets=True).late
+
+
+def test_rows_of_the_table_fit_and_say_what_the_rule_does_not() -> None:
+    rows = [row for row in json.loads((TABLES / "sm_90.json").read_text())["rows"] if row.get("wgmma")]
+    assert rows
+    for row in rows:
+        m, n, k = row["m_max"], row["n"], row["k"]
+        tile = lookup("sm_90", 132, m, n, k, (row["bits"],), row["group_size"], False)
+        assert tile is not None
+        assert (tile.wgmma, tile.late, tile.split_k) == (True, row["late"], row["split_k"])
+        assert m <= tile.block_m <= FUSED_ROWS
+        assert wgmma_fits(n, k, (row["bits"],), row["group_size"])
+        assert tile != wgmma_rule(132, m, n, k, has_offsets=False)
+
+
+def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile, x, operand = Tile(16, 128, 1, 4, 3, wgmma=True), torch.zeros(1, 256), plane_operand(256, 16)
+    with pytest.raises(UnsupportedError, match="tiles with wgmma work on sm_90, not on cpu"):
+        matmul(x, operand, tile=tile)
+    monkeypatch.setattr(module, "arch", lambda _: "sm_90")
+    assert matmul(x, operand, tile=tile).shape == (1, 16)
+    for wrong in (
+        plane_operand(256, 16, bits=6),
+        plane_operand(256, 16, group_size=64),
+        plane_operand(256, 24),
+        plane_operand(192, 16, group_size=128),
+        segmented_operand([(4, 128), (2, 128)], 16),
+    ):
+        with pytest.raises(UnsupportedError, match=r"codes of 4 or 8 bits.*wgmma=False take every matrix"):
+            matmul(torch.zeros(1, wrong.in_features), wrong, tile=tile)
