@@ -134,7 +134,7 @@ class Step:
         """Return the tiles to try for a matrix."""
         device = self.model.device
         shape = key.m_max, key.n, key.k, num_sms(device)
-        if key.m_max <= FUSED_ROWS and arch(device) in WGMMA and wgmma_fits(key.n, key.k, (key.bits,), key.group_size):
+        if key.m_max <= FUSED_ROWS and arch(device) in WGMMA and wgmma_fits(key.n, key.k, key.group_size):
             return list(wgmma_candidates(*shape))
         tiles = candidates(*shape)
         return [tile for tile in tiles if not tile.scaled or arch(device) in MEASURED]

@@ -40,17 +40,8 @@ from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand,
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.parts import load_sum
 from qinfer.kernels.plane_part import accumulate_part
-from qinfer.kernels.tiles import (
-    FEW_ROWS,
-    WGMMA,
-    WGMMA_BITS,
-    Tile,
-    lookup,
-    registers,
-    shared_bytes,
-    wgmma_fits,
-)
-from qinfer.kernels.wgmma import launch_wgmma
+from qinfer.kernels.tiles import FEW_ROWS, FUSED_ROWS, Tile, lookup, registers, rule, shared_bytes
+from qinfer.kernels.wgmma import check_wgmma, launch_wgmma, unit
 
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
@@ -167,18 +158,6 @@ def _check_segments(segments: Sequence[PlaneOperand]) -> None:
             raise ValueError(f"segments[{number}] must have a multiple of {SLICE_K} inputs, got {segment.in_features}")
 
 
-def _check_wgmma(x: Tensor, operand: Operand) -> None:
-    if arch(x.device) not in WGMMA:
-        raise UnsupportedError(f"tiles with wgmma work on {', '.join(WGMMA)}, not on {arch(x.device)}")
-    if not isinstance(operand, PlaneOperand) or not wgmma_fits(
-        operand.out_features, operand.in_features, (operand.bits,), operand.group_size
-    ):
-        raise UnsupportedError(
-            f"tiles with wgmma want one matrix with codes of {' or '.join(map(str, WGMMA_BITS))} bits, K and groups "
-            "multiples of 128 and N a multiple of 16; tiles with wgmma=False take every matrix"
-        )
-
-
 def _check_matmul(
     x: Tensor,
     operand: Operand,
@@ -203,8 +182,8 @@ def _check_matmul(
         raise ValueError(f"out must be {[x.shape[0], n]} with rows contiguous, got {list(out.shape)}")
     if out is not None and out_dtype not in (None, out.dtype):
         raise TypeError(f"out_dtype must be that of out, {out.dtype}, got {out_dtype}")
-    if tile is not None and tile.wgmma:
-        _check_wgmma(x, operand)
+    if tile is not None and tile.wgmma and not isinstance(operand, DenseOperand):
+        check_wgmma(x, segments_of(operand))
     if tile is not None and tile.scaled and arch(x.device) == "sm_100":
         raise UnsupportedError("Triton miscompiles tiles that scale weights for sm_100; tiles with scaled=False work")
 
@@ -268,13 +247,13 @@ def _fused(
     """
     m, n = x.shape[0], segments[0].out_features
     splits = [_splits(tile.split_k, segment, segments) for segment in segments]
-    parts = sum(splits)
+    parts = 1 if tile.wgmma and tile.split_k == 1 else sum(splits)
     if out is None or parts > 1:
         y = torch.empty(parts, m, n, dtype=dtype if parts == 1 else torch.float32, device=x.device)
     else:
         y = out[None]
-    if tile.wgmma and x.element_size() == 2:  # the other kernel takes x in fp32, with the same tile
-        launch_wgmma(x, segments[0], bias, y, tile)
+    if tile.wgmma:
+        launch_wgmma(x, segments, splits, bias, y, tile)
         return y
     # Scales with fewer elements than a program has threads would be loaded by some of them and handed around.
     copies = max(1, WARP * tile.warps // tile.block_n) if tile.scaled else 0
@@ -327,8 +306,7 @@ def tile_of(segments: Sequence[PlaneOperand], device: torch.device, m: int) -> T
     """Return the tile of a packed matrix for m rows; None if they are so many that it is dequantized for them."""
     k, widths = sum(segment.in_features for segment in segments), tuple(segment.bits for segment in segments)
     has_offsets = any(segment.offsets is not None for segment in segments)
-    n, group_size = segments[0].out_features, segments[0].group_size
-    return lookup(arch(device), num_sms(device), m, n, k, widths, group_size, has_offsets)
+    return lookup(arch(device), num_sms(device), m, segments[0].out_features, k, widths, unit(segments), has_offsets)
 
 
 def _product(
@@ -338,6 +316,9 @@ def _product(
     segments: Sequence[PlaneOperand] = () if isinstance(operand, DenseOperand) else segments_of(operand)
     if segments:
         tile = tile or tile_of(segments, x.device, x.shape[0])
+        if tile is not None and tile.wgmma and x.element_size() > 2:
+            widths = tuple(segment.bits for segment in segments)  # one tile, so that a row's bits do not depend on M
+            tile = rule(num_sms(x.device), FUSED_ROWS, operand.out_features, x.shape[1], widths, max_rows=32)
         if tile is not None:
             return _fused(x, segments, bias, out, dtype, tile)
     y = torch.empty(x.shape[0], operand.out_features, dtype=dtype, device=x.device) if out is None else out

@@ -50,7 +50,7 @@ MIXED_REGISTERS = {2: 120, 4: 232} if triton.__version__.startswith("3.6.") else
 # GPUs that have tiles of their own for many rows and for mixed widths: elsewhere nobody has measured them, mixtures
 # spill, and for sm_100 Triton 3.6 makes a kernel that only traps of weights that are scaled before their product.
 MEASURED = ("sm_90",)
-WGMMA, WGMMA_BITS = ("sm_90",), (4, 8)  # GPUs that have `wgmma`, and codes that its kernel takes
+WGMMA = ("sm_90",)  # GPUs that have `wgmma`, and its kernel
 TABLES = Path(__file__).parent / "tile_tables"
 
 
@@ -115,7 +115,8 @@ def lookup(
     """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits.
 
     Rows of the table are for matrices of one width; a tile that fits one group size may spill with another. Tiles that
-    scale weights are there for what they need of shared memory without offsets.
+    scale weights are there for what they need of shared memory without offsets. Of several segments the group size is
+    what all their groups and their features are multiples of.
 
     Returns:
         The tile; None where writing the matrix out is faster, which it never is for up to FUSED_ROWS rows.
@@ -125,8 +126,8 @@ def lookup(
         return replace(row, late=row.late and not has_offsets)
     if row is not None and not (row.scaled and has_offsets):
         return row
-    if m <= FUSED_ROWS and arch in WGMMA and wgmma_fits(n, k, widths, group_size):
-        return wgmma_rule(num_sms, m, n, k, has_offsets=has_offsets)
+    if m <= FUSED_ROWS and arch in WGMMA and wgmma_fits(n, k, group_size) and (m > LEAN_ROWS or widths != (2,)):
+        return wgmma_rule(num_sms, m, n, k, widths, has_offsets=has_offsets)
     if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and group_size >= 32 and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
     if len(set(widths)) > 1 and m <= FEW_ROWS and arch in MEASURED:
@@ -227,26 +228,33 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
     return Tile(rows, 128, max(1, min(split_k, k // MIN_PART, 16)), 4, 2)
 
 
-def wgmma_fits(n: int, k: int, widths: tuple[int, ...], group_size: int) -> bool:
+def wgmma_fits(n: int, k: int, group_size: int) -> bool:
     """Return whether the kernel of `wgmma.py` takes a matrix: whole steps, whole groups and aligned rows."""
-    return len(widths) == 1 and widths[0] in WGMMA_BITS and k % MIN_STEP == group_size % MIN_STEP == n % 16 == 0
+    return k % MIN_STEP == group_size % MIN_STEP == n % 16 == 0
 
 
-def wgmma_rule(num_sms: int, m: int, n: int, k: int, *, has_offsets: bool) -> Tile:
+def wgmma_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, has_offsets: bool) -> Tile:
     """Return a reasonable tile of the kernel of `wgmma.py` for up to FUSED_ROWS rows.
 
     Three programs to a multiprocessor, two with 64 rows and 128 columns, whose sums leave no registers for a third; of
-    many rows narrow tiles, where four parts of K fill the GPU with them, for parts cost more to add there. Two programs
-    that walk over all of K have a stage more. Sums added late take registers, too, which pays unless there are more
-    programs than run at once. Where offsets have to be taken from the codes, they are not: ptxas would wait for every
-    single `wgmma`.
+    many rows narrow tiles, where four parts of K fill the GPU with them, for parts cost more to add there. Few rows and
+    codes of two fields are bound by unpacking: two parts where there are many programs, so that the last ones are
+    short. Two programs that walk over all of K have a stage more.
+
+    To add sums late takes registers and x of another step, which pays unless there are more programs than then run at
+    once, and but for the smallest and the largest tile with codes of 5 or 6 bits. Where offsets have to be taken from
+    the codes, ptxas would wait for every single `wgmma`.
     """
     block_m = max(8, 1 << (m - 1).bit_length())
     is_narrow = block_m > 16 and 4 * -(-n // 64) <= 3 * num_sms
     block_n = 64 if is_narrow else 128
-    programs, places = -(-n // block_n), (3 if is_narrow or block_m < FUSED_ROWS else 2) * num_sms
+    is_full, has_two_fields = block_m * block_n == FUSED_ROWS * 128, any(len(FIELDS[bits]) > 1 for bits in widths)
+    programs, places = -(-n // block_n), (2 if is_full else 3) * num_sms
     split_k = max(1, min(places // programs, k // MIN_PART, 4 if is_narrow else 16))
-    late = not has_offsets and (block_m > 16 or programs * split_k <= places)
+    late = programs * split_k <= (2 if block_m == FUSED_ROWS else 3) * num_sms or (block_m > 16 and not is_narrow)
+    late = late and not has_offsets and not (widths in ((5,), (6,)) and (is_full or block_m == 8))
+    if has_two_fields and block_m <= 16 and programs > places:
+        split_k = 2
     stages = 4 if block_m <= 16 and split_k == 1 and programs <= 2 * num_sms else 3
     return Tile(block_m, block_n, split_k, 4, stages, wgmma=True, late=late)
 

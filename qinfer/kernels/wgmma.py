@@ -17,6 +17,10 @@ reference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from math import gcd
+
 import torch
 import triton
 from torch import Tensor
@@ -29,53 +33,84 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qinfer.kernels.codes import MAX_CONSTANT_GROUP, num_steps, offset_codes, slice_codes
-from qinfer.kernels.operand import PlaneOperand
+from qinfer.errors import UnsupportedError
+from qinfer.kernels.codes import MAX_CONSTANT_GROUP, offset_codes, slice_codes
+from qinfer.kernels.device import arch
+from qinfer.kernels.operand import FIELDS, MIN_STEP, PlaneOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
-from qinfer.kernels.tiles import Tile
+from qinfer.kernels.tiles import WGMMA, Tile, wgmma_fits
 
 ALIGNED = 16  # elements that a row of x, W or its scales is a multiple of
 # The older name is that of Triton 3.6.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
+@gluon.constexpr_function
+def _layout(block_m, num_warps):
+    """Return the layout of sums [BLOCK_N, BLOCK_M]."""
+    return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, block_m, 16])
+
+
+@gluon.constexpr_function
+def _width(bits, plane):
+    """Return the bits of a field of the first or second plane, 0 for none; 8 bits have their second tile for one."""
+    return 8 if bits == 8 else (*FIELDS[bits], 0)[plane]
+
+
+@gluon.constexpr_function
+def _share(width):
+    """Return how many steps have a tile of a plane in common."""
+    return max(1, 4 // width)
+
+
+@gluon.constexpr_function
+def _slots(width, stages):
+    """Return the tiles of a plane from the one of the step at work to the one that is fetched."""
+    return -(-(stages - 1) // _share(width)) + 1
+
+
 @gluon.jit
-def _slice(b_words, b_offsets, INDEX: gl.constexpr, BITS: gl.constexpr, HAS_OFFSETS: gl.constexpr, DTYPE: gl.constexpr):
-    """Unpack one slice of a step: [BLOCK_N, 32] in DTYPE."""
-    if HAS_OFFSETS:
-        return offset_codes(b_words, b_offsets.to(gl.float32), BITS, INDEX, DTYPE, True)
+def _slot_of(slot, i_step, WIDTH: gl.constexpr, STAGES: gl.constexpr):
+    """Return where in its ring the tile of a step is; `slot` is that of the step in a ring without shared tiles."""
+    if _share(WIDTH) == 1:
+        return slot
     else:
-        return slice_codes(b_words, BITS, INDEX, DTYPE, True)
+        return i_step // _share(WIDTH) % _slots(WIDTH, STAGES)
 
 
 @gluon.jit
-def _half(
-    b_words, b_offsets, HALF: gl.constexpr, BITS: gl.constexpr, HAS_OFFSETS: gl.constexpr, DTYPE: gl.constexpr,
-    WEIGHTS: gl.constexpr,
-):  # fmt: skip
-    """Unpack two slices of a step side by side: [BLOCK_N, 64] in DTYPE. Nothing moves but the names of registers."""
-    b_even = _slice(b_words, b_offsets, 2 * HALF, BITS, HAS_OFFSETS, DTYPE)
-    b_odd = _slice(b_words, b_offsets, 2 * HALF + 1, BITS, HAS_OFFSETS, DTYPE)
-    b_pair = gl.reshape(gl.permute(gl.join(b_even, b_odd), (0, 2, 1)), (b_even.shape[0], 64))
-    return gl.convert_layout(b_pair, WEIGHTS, assert_trivial=True)
+def _fetch_tile(
+    s_plane, p_plane, m_words, slot, i_step, first, last, step_words, N64, WIDTH: gl.constexpr, STAGES: gl.constexpr
+):
+    """Send the tile of a plane that a step reads on its way, unless a step before has."""
+    SHARE: gl.constexpr = _share(WIDTH)
+    if SHARE == 1:
+        copy_to_shared(s_plane.index(slot), p_plane + step_words, mask=m_words & (i_step < last))
+    else:
+        # A branch and no mask, which would fill the tile with zeros.
+        if (i_step < last) & ((i_step % SHARE == 0) | (i_step == first)):
+            p_tile = p_plane + i_step // SHARE * (N64 * 32)
+            copy_to_shared(s_plane.index(_slot_of(slot, i_step, WIDTH, STAGES)), p_tile, mask=m_words)
 
 
 @gluon.jit
-def _fetch_weights(
-    s_words0, s_words1, s_scales, s_offsets, p_words, p_scales, p_offsets, m_words, m_scales, m_offsets,
-    slot, step_words, i_step, last, N64, group_size,
-    TILES: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr,
-):  # fmt: skip
-    """Send what a step reads besides x on its way; nothing behind the last step."""
-    is_there = i_step < last
-    copy_to_shared(s_words0.index(slot), p_words + step_words, mask=m_words & is_there)
-    if TILES == 2:
-        copy_to_shared(s_words1.index(slot), p_words + step_words + N64 * 32, mask=m_words & is_there)
-    # One group per step is what most matrices have: then no product of 64 bits is left.
-    group = step_words // 32 // TILES if GROUP == 128 else i_step * 128 // (group_size if GROUP == 0 else GROUP) * N64
-    copy_to_shared(s_scales.index(slot), p_scales + group, mask=m_scales & is_there)
-    if HAS_OFFSETS:
-        copy_to_shared(s_offsets.index(slot), p_offsets + group, mask=m_offsets & is_there)
+def _load_tile(s_plane, slot, i_step, WIDTH: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr):
+    """Load the words of a step, its first slice in the lowest bits."""
+    b_words = s_plane.index(_slot_of(slot, i_step, WIDTH, STAGES)).load(WEIGHTS)
+    if _share(WIDTH) > 1:
+        b_amount = gl.full(b_words.shape, i_step % _share(WIDTH) * (4 * WIDTH), gl.int32, WEIGHTS)
+        # What crosses from one word of a pair to the other is masked away later.
+        b_words = gl.inline_asm_elementwise(
+            "shr.u32 $0, $1, $2;", "=r,r,r,r", [b_words, b_amount], dtype=gl.int16, is_pure=True, pack=2
+        )  # fmt: skip
+    return b_words
+
+
+@gluon.jit
+def _fetch_line(s_line, p_line, m_line, slot, i_step, last, N64, group_size, GROUP: gl.constexpr):
+    """Send the scales or offsets of a step's group on their way."""
+    first = (i_step * 128 // (group_size if GROUP == 0 else GROUP)) * N64
+    copy_to_shared(s_line.index(slot), p_line + first, mask=m_line & (i_step < last))
 
 
 @gluon.jit
@@ -86,25 +121,40 @@ def _fetch_x(s_x0, s_x1, p_x, m_x, slot, i_step, last):
 
 
 @gluon.jit
+def _half(
+    b_words, b_offsets, HALF: gl.constexpr, BITS: gl.constexpr, HAS_OFFSETS: gl.constexpr, DTYPE: gl.constexpr,
+    WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Unpack two slices of a step side by side: [BLOCK_N, 64] in DTYPE. Nothing moves but the names of registers."""
+    if HAS_OFFSETS:
+        b_even = offset_codes(b_words, b_offsets, BITS, 2 * HALF, DTYPE, True)
+        b_odd = offset_codes(b_words, b_offsets, BITS, 2 * HALF + 1, DTYPE, True)
+    else:
+        b_even = slice_codes(b_words, BITS, 2 * HALF, DTYPE, True)
+        b_odd = slice_codes(b_words, BITS, 2 * HALF + 1, DTYPE, True)
+    b_pair = gl.reshape(gl.permute(gl.join(b_even, b_odd), (0, 2, 1)), (b_even.shape[0], 64))
+    return gl.convert_layout(b_pair, WEIGHTS, assert_trivial=True)
+
+
+@gluon.jit
 def _next(slot, NUM_SLOTS: gl.constexpr):
     return gl.where(slot == NUM_SLOTS - 1, 0, slot + 1)
 
 
-# What differs from step to step or from matrix to matrix is not specialized, as in `matmul.py`.
-@gluon.jit(do_not_specialize=["M", "part_steps", "long_parts", "group_size"])
-def _wgmma_kernel(
-    p_x, p_words, p_scales, p_offsets, p_bias,
-    p_out,  # [parts of K, M, N], rows out_stride apart
-    M, N, x_stride, out_stride, part_steps, long_parts, group_size,
-    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr,
-    LATE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+@gluon.jit
+def _accumulate_steps(
+    b_acc, p_x, p_high, p_low, p_scales, p_offsets, first, last, first_n, first_m, M, N, x_stride, group_size,
+    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, EVEN_N: gl.constexpr, LATE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
+    """Add the product of the steps from first to last of one segment to b_acc [BLOCK_N, BLOCK_M] fp32."""
     DTYPE: gl.constexpr = p_x.dtype.element_ty
     SCALE: gl.constexpr = p_scales.dtype.element_ty
     OFFSET: gl.constexpr = p_offsets.dtype.element_ty
-    TILES: gl.constexpr = BITS // 4
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    HIGH: gl.constexpr = _width(BITS, 0)
+    LOW: gl.constexpr = _width(BITS, 1)
+    MMA: gl.constexpr = _layout(BLOCK_M, num_warps)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # Shared memory as `ldmatrix` and `wgmma` read it without conflicts; copies of 16 bytes, and of 4 for a line.
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
@@ -117,15 +167,10 @@ def _wgmma_kernel(
     # The last product of a step may still read its x while that of another is fetched.
     X_STAGES: gl.constexpr = STAGES + 1 if LATE else STAGES
 
-    i_n, i_k, i_m = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    first_n, N64 = i_n * BLOCK_N, N.to(gl.int64)
-    first = i_k * part_steps + gl.minimum(i_k, long_parts)
-    last = first + part_steps + (i_k < long_parts).to(gl.int32)
-
-    s_words0 = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], WORDS)
-    s_words1 = s_words0
-    if TILES == 2:
-        s_words1 = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], WORDS)
+    s_high = gl.allocate_shared_memory(gl.int16, [_slots(HIGH, STAGES), BLOCK_N, 32], WORDS)
+    s_low = s_high
+    if LOW > 0:
+        s_low = gl.allocate_shared_memory(gl.int16, [_slots(LOW, STAGES), BLOCK_N, 32], WORDS)
     s_scales = gl.allocate_shared_memory(SCALE, [STAGES, BLOCK_N], LINE)
     s_offsets = s_scales
     if HAS_OFFSETS:
@@ -133,48 +178,61 @@ def _wgmma_kernel(
     s_x0 = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_M, 64], ROWS)
     s_x1 = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_M, 64], ROWS)
 
+    N64 = N.to(gl.int64)
     o_words = gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY_WORDS))
     o_scales, o_offsets = gl.arange(0, BLOCK_N, COPY_SCALES), gl.arange(0, BLOCK_N, COPY_OFFSETS)
-    o_c = gl.arange(0, 32, gl.SliceLayout(0, COPY_WORDS))
     m_words = ((first_n + o_words < N) | EVEN_N)[:, None]
     m_scales, m_offsets = (first_n + o_scales < N) | EVEN_N, (first_n + o_offsets < N) | EVEN_N
-    p_words += first_n.to(gl.int64) * 32 + o_words[:, None] * 32 + o_c[None, :]
-    p_scales += first_n + o_scales
-    p_offsets += first_n + o_offsets
-    o_x = i_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))
+    o_tile = (
+        first_n.to(gl.int64) * 32 + o_words[:, None] * 32 + gl.arange(0, 32, gl.SliceLayout(0, COPY_WORDS))[None, :]
+    )
+    p_high, p_low = p_high + o_tile, p_low + o_tile
+    if BITS == 8:
+        p_low = p_high + N64 * 32
+    p_scales, p_offsets = p_scales + (first_n + o_scales), p_offsets + (first_n + o_offsets)
+    o_x = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))
     m_x = (o_x < M)[:, None]
     p_x += o_x.to(gl.int64)[:, None] * x_stride + gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
 
-    step_words = first * (N64 * (32 * TILES))  # from the first tile of words to that of the step
+    per_step = N64 * (64 if BITS == 8 else 32)  # words, where steps share no tile
+    step_words = first * per_step
     for i in gl.static_range(STAGES - 1):
-        _fetch_weights(
-            s_words0, s_words1, s_scales, s_offsets, p_words, p_scales, p_offsets, m_words, m_scales, m_offsets,
-            i, step_words, first + i, last, N64, group_size, TILES, GROUP, HAS_OFFSETS,
-        )  # fmt: skip
+        _fetch_tile(s_high, p_high, m_words, i, first + i, first, last, step_words, N64, HIGH, STAGES)
+        if LOW > 0:
+            _fetch_tile(s_low, p_low, m_words, i, first + i, first, last, step_words, N64, LOW, STAGES)
+        _fetch_line(s_scales, p_scales, m_scales, i, first + i, last, N64, group_size, GROUP)
+        if HAS_OFFSETS:
+            _fetch_line(s_offsets, p_offsets, m_offsets, i, first + i, last, N64, group_size, GROUP)
         async_copy.commit_group()
-        step_words += N64 * (32 * TILES)
+        step_words += per_step
     wait_for_inputs(OVERLAP)
     for i in gl.static_range(STAGES - 1):
         _fetch_x(s_x0, s_x1, p_x, m_x, i, first + i, last)
         async_copy.commit_group()
 
-    b_acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
-    b_sum, b_scale = b_acc, gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, MMA))
+    b_sum = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
+    b_scale = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, MMA))
     b_second = gl.zeros([BLOCK_N, 64], DTYPE, WEIGHTS)
     slot, free_slot, x_slot, free_x_slot = 0, STAGES - 1, 0, STAGES - 1
     for i_step in range(first, last):
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
-        _fetch_weights(
-            s_words0, s_words1, s_scales, s_offsets, p_words, p_scales, p_offsets, m_words, m_scales, m_offsets,
-            free_slot, step_words, i_step + (STAGES - 1), last, N64, group_size, TILES, GROUP, HAS_OFFSETS,
-        )  # fmt: skip
-        _fetch_x(s_x0, s_x1, p_x, m_x, free_x_slot, i_step + (STAGES - 1), last)
+        i_free = i_step + (STAGES - 1)
+        _fetch_tile(s_high, p_high, m_words, free_slot, i_free, first, last, step_words, N64, HIGH, STAGES)
+        if LOW > 0:
+            _fetch_tile(s_low, p_low, m_words, free_slot, i_free, first, last, step_words, N64, LOW, STAGES)
+        _fetch_line(s_scales, p_scales, m_scales, free_slot, i_free, last, N64, group_size, GROUP)
+        if HAS_OFFSETS:
+            _fetch_line(s_offsets, p_offsets, m_offsets, free_slot, i_free, last, N64, group_size, GROUP)
+        _fetch_x(s_x0, s_x1, p_x, m_x, free_x_slot, i_free, last)
         async_copy.commit_group()
-        b_words0, b_words1 = s_words0.index(slot).load(WEIGHTS), s_words1.index(slot).load(WEIGHTS)
-        b_words = (b_words0, b_words1, b_words0, b_words0, b_words0)
+        b_high = _load_tile(s_high, slot, i_step, HIGH, STAGES, WEIGHTS)
+        b_low = b_high
+        if LOW > 0:
+            b_low = _load_tile(s_low, slot, i_step, LOW, STAGES, WEIGHTS)
+        b_words = (b_high, b_low, b_high, b_high, b_low)
         b_scales = s_scales.index(slot).load(gl.SliceLayout(1, MMA)).to(gl.float32)
-        b_offsets = s_offsets.index(slot).load(gl.SliceLayout(1, WEIGHTS))
+        b_offsets = s_offsets.index(slot).load(gl.SliceLayout(1, WEIGHTS)).to(gl.float32)
         b_first = _half(b_words, b_offsets, 0, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
         if LATE:
             # Only now are the sums of the step before needed: they were made while these weights were unpacked.
@@ -192,14 +250,44 @@ def _wgmma_kernel(
         else:
             b_sum, _, _ = warpgroup_mma_wait(0, deps=[b_sum, b_first, b_second])
             b_acc += b_sum * b_scales[:, None]
-        step_words += N64 * (32 * TILES)
+        step_words += per_step
         slot, free_slot = _next(slot, STAGES), _next(free_slot, STAGES)
         x_slot, free_x_slot = _next(x_slot, X_STAGES), _next(free_x_slot, X_STAGES)
     if LATE:
         b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_second])
         b_acc += b_sum * b_scale[:, None]
-    let_next_start(OVERLAP)
+    # Copies behind the last step are zeros, which must not fall into the rings of the next segment.
+    async_copy.wait_group(0)
+    return b_acc
 
+
+# What differs from step to step or from matrix to matrix is not specialized, as in `matmul.py`.
+@gluon.jit(do_not_specialize=["M", "first_features", "first_parts", "part_steps", "long_parts", "group_sizes"])
+def _wgmma_kernel(
+    p_x, p_highs, p_lows, p_scales, p_offsets, p_bias,
+    p_out,  # [parts of K, M, N], rows out_stride apart
+    M, N, x_stride, out_stride, first_features, first_parts, part_steps, long_parts, group_sizes,
+    SEGMENTS: gl.constexpr, IS_WHOLE: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr, LATE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = _layout(BLOCK_M, num_warps)
+    i_n, i_k, i_m = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    first_n = i_n * BLOCK_N
+    b_acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
+    for g in gl.static_range(len(SEGMENTS)):
+        # A program belongs to one segment, and walks over its part of it, or over all segments one after the other.
+        is_mine = True if IS_WHOLE else (i_k >= first_parts[g]) & (i_k < first_parts[g + 1])
+        if is_mine:
+            i_part = i_k - (0 if IS_WHOLE else first_parts[g])
+            first = i_part * part_steps[g] + gl.minimum(i_part, long_parts[g])
+            last = first + part_steps[g] + (i_part < long_parts[g]).to(gl.int32)
+            b_acc = _accumulate_steps(
+                b_acc, p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
+                first, last, first_n, i_m * BLOCK_M, M, N, x_stride, group_sizes[g],
+                SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], EVEN_N, LATE, BLOCK_M, BLOCK_N, STAGES, OVERLAP,
+                num_warps,
+            )  # fmt: skip
+    let_next_start(OVERLAP)
     o_n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     o_m = i_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))
     m_n = (o_n < N) | EVEN_N
@@ -210,12 +298,37 @@ def _wgmma_kernel(
     gl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_m < M)[None, :])
 
 
-def launch_wgmma(x: Tensor, operand: PlaneOperand, bias: Tensor | None, y: Tensor, tile: Tile) -> None:
+def unit(segments: Sequence[PlaneOperand]) -> int:
+    """Return what all groups, and the features of all segments, are whole multiples of; of one matrix its group."""
+    sizes = [segment.group_size for segment in segments]
+    return gcd(*sizes, *(segment.in_features for segment in segments)) if len(segments) > 1 else sizes[0]
+
+
+def check_wgmma(x: Tensor, segments: Sequence[PlaneOperand]) -> None:
+    """Refuse what the kernel does not take.
+
+    Raises:
+        UnsupportedError: the GPU has no `wgmma`, or the matrix is not cut as the kernel wants it.
+    """
+    if arch(x.device) not in WGMMA:
+        raise UnsupportedError(f"tiles with wgmma work on {', '.join(WGMMA)}, not on {arch(x.device)}")
+    n, k = segments[0].out_features, sum(segment.in_features for segment in segments)
+    if not wgmma_fits(n, k, unit(segments)):
+        raise UnsupportedError(
+            "tiles with wgmma want N a multiple of 16, and K and group size of every segment multiples of 128; tiles "
+            "with wgmma=False take every matrix"
+        )
+
+
+def launch_wgmma(
+    x: Tensor, segments: Sequence[PlaneOperand], splits: Sequence[int], bias: Tensor | None, y: Tensor, tile: Tile
+) -> None:
     """Write the parts of a product to y.
 
     Args:
         x: [M, K] fp16 or bf16, rows contiguous.
-        operand: the matrix, one that `tiles.wgmma_fits`.
+        segments: the matrices on top of each other, of a kind that `tiles.wgmma_fits`.
+        splits: the parts of K of each; all 1 where y has one part, and a program walks over all segments.
         bias: [N], in the first part.
         y: [parts of K, M, N].
         tile: with `wgmma`.
@@ -223,11 +336,21 @@ def launch_wgmma(x: Tensor, operand: PlaneOperand, bias: Tensor | None, y: Tenso
     parts, m, n = y.shape
     if x.stride(0) % ALIGNED or x.data_ptr() % (2 * ALIGNED):
         x = x.clone(memory_format=torch.contiguous_format)  # copies of 16 bytes want whole ones
-    group = operand.group_size if operand.group_size <= MAX_CONSTANT_GROUP else 0
+    steps = [divmod(segment.in_features // MIN_STEP, split) for segment, split in zip(segments, splits, strict=True)]
+    has_offsets = any(segment.offsets is not None for segment in segments)
     _wgmma_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](
-        x, operand.planes[0], operand.scales, operand.scales if operand.offsets is None else operand.offsets, bias, y,
-        m, n, x.stride(0), y.stride(1), *divmod(num_steps(operand), parts), operand.group_size,
-        BITS=operand.bits, GROUP=group, HAS_OFFSETS=operand.offsets is not None, HAS_BIAS=bias is not None,
-        EVEN_N=n % tile.block_n == 0, LATE=tile.late and operand.offsets is None, BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps, **overlap(x),
+        x, tuple(s.planes[0] for s in segments), tuple(s.planes[-1] for s in segments),
+        tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
+        bias, y, m, n, x.stride(0), y.stride(1),
+        tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
+        *zip(*steps, strict=True), tuple(s.group_size for s in segments),
+        SEGMENTS=tuple((s.bits, _constant(s.group_size), s.offsets is not None) for s in segments),
+        IS_WHOLE=parts < len(segments) or len(segments) == 1, HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0,
+        LATE=tile.late and not has_offsets, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+        num_warps=tile.warps, **overlap(x),
     )  # fmt: skip
+
+
+def _constant(group_size: int) -> int:
+    """Return a group size to compile in; 0 for a large one, of which there are few."""
+    return group_size if group_size <= MAX_CONSTANT_GROUP else 0

@@ -34,6 +34,8 @@ def unwritten(listing: str) -> list[str]:
     found = []
     for operation, text in _INSTRUCTION.findall(listing):
         operands = [operand.strip() for operand in text.split(",")]
+        if operation.startswith("ULOP3") and operands[0].startswith("UP"):
+            operands = operands[1:]  # a predicate that it writes as well
         target = _UNIFORM.fullmatch(operands[0])
         is_writer = operation.startswith(_WRITERS) and not operation.startswith(_COMPARISONS)
         if target is not None and is_writer:

@@ -35,6 +35,12 @@ def test_both_registers_of_a_pair_count() -> None:
     assert unwritten(RIGHT.replace("UR27", "UR28")) == ["HGMMA.64x32x16.F32 R56, R28, gdesc[UR24].tnspB, R56"]
 
 
+def test_logic_may_write_a_predicate_before_its_register() -> None:
+    logic, jump = "/*0010*/ ULOP3.LUT UP0, UR15, UR11, 0x1, URZ, 0xc0, !UPT ;", "/*0020*/ UIADD3 UR2, UR15, 0x1, URZ ;"
+    assert unwritten("/*0000*/ UMOV UR11, URZ ;" + logic + jump) == []
+    assert unwritten(logic) == ["ULOP3.LUT UP0, UR15, UR11, 0x1, URZ, 0xc0, !UPT"]
+
+
 def test_a_comparison_writes_no_register() -> None:
     assert unwritten("/*0010*/ UISETP.GE.AND UP0, UPT, UR5, UR6, UPT ;") == ["UISETP.GE.AND UP0, UPT, UR5, UR6, UPT"]
 

@@ -412,7 +412,7 @@ def test_unknown_gpus_use_the_rule() -> None:
     assert lookup("sm_00", 100, 1, 4096, 4096, (5,), 128, False) == rule(100, 1, 4096, 4096, (5,), max_rows=32)
     assert lookup("sm_00", 100, 1, 4096, 4096, (5, 4), 128, False) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
     for m, widths in ((1, (5, 4)), (1, (6, 4)), (16, (6, 4))):
-        assert lookup("sm_90", 132, m, 4096, 4096, widths, 128, False) == mixed_rule(132, m, 4096, 4096, widths)
+        assert lookup("sm_90", 132, m, 4096, 4096, widths, 32, False) == mixed_rule(132, m, 4096, 4096, widths)
 
 
 def test_registers_are_limited_where_many_programs_share_a_multiprocessor() -> None:
