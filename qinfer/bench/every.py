@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
         share = f"{row['fraction_of_roof']:6.0%}" if row["ms"] is not None else f"{'-':>6}"
         work = f"{row['flops'] / 1e9:9.3f}" if row["flops"] else f"{'-':>9}"
         print(f"{case.op:<22} {case.name:<44} {time} {row['bytes'] / 1e6:9.3f} {work} {share}", flush=True)
+        if row["problem"]:
+            print(f"{'':<22} {row['problem']}")
         append({**row, **ceilings, **setting}, options.json)
     return int(is_wrong)
 

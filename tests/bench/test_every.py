@@ -152,11 +152,14 @@ def test_the_command_writes_rows_that_can_be_read_and_drawn(tmp_path: Path, caps
     assert first["fraction_of_roof"] == pytest.approx(first["bytes"] / 0.5 / 1e6 / 100)
 
 
-def test_a_wrong_case_makes_the_command_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_case_makes_the_command_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken("silu_mul", lambda y: y * 2, monkeypatch)
     path = tmp_path / "rows.json"
     assert bench(["op", "case", "silu_mul", "--match", f"{TINY.name} T=1 fp16", "--json", str(path)]) == 1
     assert json.loads(path.read_text().splitlines()[0])["ms"] is None
+    assert "wrong: result 0 differs by 1" in capsys.readouterr().out, "twice as much is all of it too much"
 
 
 @pytest.mark.parametrize(
