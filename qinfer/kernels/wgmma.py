@@ -4,15 +4,18 @@
 
 Plain Triton waits for the tensor cores behind every `wgmma` whose first operand is in registers, so behind every slice
 of 32 features, or, with two warps, takes `mma.sync`, which has half the rate. Here a step of 128 features is two
-products of 64, and the wait stands where their sums or their registers are needed. Weights of the first stages are on
-their way before the kernel before has finished; x is fetched behind that.
+products of 64, and the wait stands where their sums or their registers are needed: at the end of the step or, with
+`LATE`, behind the unpacking of the next half step. Whoever waits names the registers that the product reads, for
+nothing else keeps them from being overwritten (`tests/compile/sass.py` checks the assembly). Weights of the first
+stages are on their way before the kernel before has finished; x is fetched behind that.
 
-The rings of words, x, scales and offsets are allocations of their own, and so is each half of x and each tile of words:
-Triton keeps accesses to one allocation in order by barriers, whatever part of it they touch.
+A step has one tile of a plane of 4 bits and two of 8 bits; of a plane of 2 or 1 bits two or four steps share a tile,
+which is fetched once and shifted to the slices of the step. The rings of tiles, x, scales and offsets are allocations
+of their own, and so is each half of x: Triton keeps accesses to one allocation in order by barriers, whatever part of
+it they touch.
 
-Limits, checked by `tiles.wgmma_fits` and the caller: sm_90, codes of 4 or 8 bits, K and group size multiples of 128, N
-and the rows' stride multiples of 16, x in 16 bits. Interpreters do not know Gluon; GPU tests hold it against the
-reference.
+Limits, which `check_wgmma` and the launcher see to: sm_90; K and group size of every segment multiples of 128, N a
+multiple of 16; x in 16 bits. Interpreters do not know Gluon; GPU tests hold it against the reference.
 """
 
 from __future__ import annotations
@@ -183,9 +186,8 @@ def _accumulate_steps(
     o_scales, o_offsets = gl.arange(0, BLOCK_N, COPY_SCALES), gl.arange(0, BLOCK_N, COPY_OFFSETS)
     m_words = ((first_n + o_words < N) | EVEN_N)[:, None]
     m_scales, m_offsets = (first_n + o_scales < N) | EVEN_N, (first_n + o_offsets < N) | EVEN_N
-    o_tile = (
-        first_n.to(gl.int64) * 32 + o_words[:, None] * 32 + gl.arange(0, 32, gl.SliceLayout(0, COPY_WORDS))[None, :]
-    )
+    o_c = gl.arange(0, 32, gl.SliceLayout(0, COPY_WORDS))
+    o_tile = first_n.to(gl.int64) * 32 + o_words[:, None] * 32 + o_c[None, :]
     p_high, p_low = p_high + o_tile, p_low + o_tile
     if BITS == 8:
         p_low = p_high + N64 * 32

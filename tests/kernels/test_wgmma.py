@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,7 +134,10 @@ def test_segments_of_several_widths_are_one_product(hopper: torch.device, m: int
         own = module.tile_of(operand.segments, hopper, m)
         assert own is not None
         assert own.wgmma
-        for tile in (own, Tile(16, 128, 4, 4, 3, wgmma=True, late=True), Tile(64, 64, 5, 4, 3, wgmma=True)):
+        whole = Tile(16, 128, 1, 4, 3, wgmma=True, late=True)  # a program walks over all segments
+        assert matmul_parts(x, operand, tile=whole).shape[0] == 1
+        others = (Tile(16, 128, 4, 4, 3, wgmma=True, late=True), Tile(64, 64, 5, 4, 3, wgmma=True), whole)
+        for tile in (own, *others, replace(whole, block_n=64, stages=4, late=False)):
             first = matmul(x, operand, tile=tile)
             assert_close(first, matmul.reference(x, operand))
             assert torch.equal(matmul(x, operand, tile=tile), first)
