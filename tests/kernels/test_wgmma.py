@@ -45,6 +45,7 @@ def hopper(device: torch.device) -> torch.device:
 
 
 @pytest.mark.gpu
+@pytest.mark.kernel
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", FIELDS)
@@ -87,6 +88,7 @@ def test_every_tile_gives_the_product(
 
 
 @pytest.mark.gpu
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", FIELDS)
 @pytest.mark.parametrize("late", [False, True])
@@ -100,6 +102,7 @@ def test_each_weight_is_that_of_dequantize(hopper: torch.device, bits: int, dtyp
 
 
 @pytest.mark.gpu
+@pytest.mark.kernel
 def test_x_and_the_result_may_be_parts_of_wider_tensors(hopper: torch.device) -> None:
     operand, tile = plane_operand(256, 128, device=hopper), Tile(16, 128, 1, 4, 3, wgmma=True)
     wide = random_tensor(9, 300, seed=0, dtype=torch.float16).to(hopper)
@@ -112,6 +115,7 @@ def test_x_and_the_result_may_be_parts_of_wider_tensors(hopper: torch.device) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.kernel
 @pytest.mark.parametrize("m", [1, 4, 8, 9, 16, 17, 33, FUSED_ROWS])
 def test_it_is_the_route_of_these_rows(hopper: torch.device, m: int) -> None:
     for bits, symmetric in ((4, True), (4, False), (8, True), (3, False), (6, True)):
@@ -125,6 +129,7 @@ def test_it_is_the_route_of_these_rows(hopper: torch.device, m: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.kernel
 @pytest.mark.parametrize("m", [1, 16, 40, FUSED_ROWS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments_of_several_widths_are_one_product(hopper: torch.device, m: int, dtype: torch.dtype) -> None:
