@@ -16,14 +16,15 @@ from tests.compile.targets import TARGETS, Target
 
 ROOT = Path(__file__).parents[2]
 MIN_REGISTERS = 6
+ASYNCHRONOUS = ("_wgmma_kernel",)  # kernels that are there so as not to wait for every product
 
 
 @dataclass(frozen=True)
 class Report:
     """What one worker found."""
 
-    # op, case, kernel, target, registers, spills [bytes; AMD: registers], shared [bytes], warps; NVIDIA: unwritten and
-    # disturbed
+    # op, case, kernel, target, registers, spills [bytes; AMD: registers], shared [bytes], warps; NVIDIA: unwritten,
+    # disturbed and serialized
     kernels: list[dict[str, Any]]
     launches: dict[str, int]  # op -> kernel launches over all of its cases
     errors: list[str]
@@ -31,9 +32,9 @@ class Report:
     def offenders(self) -> list[str]:
         """Name every kernel that does not compile, takes more shared memory than there is, or spills on NVIDIA.
 
-        And one that reads registers that nothing wrote or disturbs a product (`sass.py`), and one of fewer registers
-        than addresses take on NVIDIA: Triton makes such a kernel, which only traps, of what it cannot compile. (On AMD
-        scalar registers, which do not count here, hold the addresses.)
+        And one that reads registers that nothing wrote, disturbs a product or waits for each where it should not
+        (`sass.py`), and one of fewer registers than addresses take on NVIDIA: Triton makes such a kernel, which only
+        traps, of what it cannot compile. (On AMD scalar registers, which do not count here, hold the addresses.)
         """
         found = list(self.errors)
         for row in self.kernels:
@@ -47,6 +48,8 @@ class Report:
             found += [
                 f"{where}: disturbs a product that may not have ended: {line}" for line in row.get("disturbed", ())
             ]
+            if row.get("serialized") and row["kernel"] in ASYNCHRONOUS:
+                found.append(f"{where}: waits for every product by itself")
             if row["registers"] < MIN_REGISTERS and target.backend == "cuda":
                 found.append(f"{where}: {row['registers']} registers, so it does nothing")
         return found

@@ -103,6 +103,13 @@ def disturbed(listing: str) -> list[str]:
     return list(found)
 
 
+def is_serialized(listing: str) -> bool:
+    """Return whether every product is waited for by itself: ptxas does that where it cannot follow who reads what."""
+    operations = [operation for _, operation, _ in _LINE.findall(listing)]
+    products = sum(operation.startswith("HGMMA") for operation in operations)
+    return 0 < products <= sum(operation.startswith("WARPGROUP.ARRIVE") for operation in operations)
+
+
 def _product(kind: re.Match[str], text: str, group: int) -> _Product:
     operands = [operand.strip() for operand in text.split(",")]
     sums, weights = (int(match[1]) if (match := _REGISTER.match(operand)) else -1 for operand in operands[:2])

@@ -62,6 +62,8 @@ def _report(target: str, **changes: Any) -> Report:
         ("gfx942", {"shared": 64 * KIB + 1}, "shared memory"),
         ("sm_100", {"registers": 4}, "does nothing"),
         ("sm_90", {"unwritten": ["UIADD3 UR26, UP0, UR26, 0x40, URZ"]}, "nothing wrote: UIADD3 UR26"),
+        ("sm_90", {"disturbed": ["LOP3.LUT R96, R10"]}, "may not have ended: LOP3.LUT R96"),
+        ("sm_90", {"serialized": True, "kernel": "_wgmma_kernel"}, "waits for every product"),
     ],
 )
 def test_offenders_are_named(target: str, changes: dict[str, Any], complaint: str) -> None:

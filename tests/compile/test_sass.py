@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.compile.sass import disturbed, unwritten
+from tests.compile.sass import disturbed, is_serialized, unwritten
 
 RIGHT = """
         /*0010*/                   UMOV UR7, URZ ;
@@ -78,3 +78,10 @@ def test_products_that_are_waited_for_in_the_right_places_are_not_disturbed() ->
 def test_a_touch_before_the_end_of_a_product_is_found(old: str, new: str, touched: str) -> None:
     assert old in LOOP
     assert disturbed(LOOP.replace(old, new))[0].startswith(touched)
+
+
+def test_products_that_are_all_waited_for_are_serialized() -> None:
+    assert not is_serialized(LOOP)
+    arrival = "/*0150*/                   WARPGROUP.ARRIVE ;\n"
+    assert is_serialized(LOOP + arrival)
+    assert not is_serialized(arrival), "there is no product"

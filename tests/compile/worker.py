@@ -34,7 +34,7 @@ import qinfer.kernels
 from qinfer.bench.case import Case
 from qinfer.bench.cases import CASES
 from qinfer.kernels import device
-from tests.compile.sass import disturbed, unwritten
+from tests.compile.sass import disturbed, is_serialized, unwritten
 from tests.compile.targets import TARGETS, Target, followers
 from tests.compile.tiles import tile_cases
 
@@ -150,6 +150,7 @@ def nvidia_resources(binary: bytes, ptx: str) -> dict[str, Any]:
         "spills": spills,
         "unwritten": unwritten(listing) if is_described else [],
         "disturbed": disturbed(listing) if is_described else [],
+        "serialized": is_serialized(listing),
     }
 
 
