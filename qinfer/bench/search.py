@@ -50,7 +50,7 @@ def candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
 
 
 def wgmma_candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
-    """Yield tiles of the kernel for Hopper; where it takes a matrix, no other was ever faster (benchmarks/LOG.md)."""
+    """Yield tiles of the kernel for Hopper: where `has_wgmma_tile`, no other was ever faster (benchmarks/LOG.md)."""
     block_m = max(8, 1 << (m - 1).bit_length())
     for (block_n, warps), stages, late in itertools.product(_WGMMA_COLUMNS_AND_WARPS, (3, 4, 5), (True, False)):
         for split_k in _splits(block_m, block_n, m, n, k, sms):

@@ -126,7 +126,7 @@ def lookup(
         return replace(row, late=row.late and not has_offsets)
     if row is not None and not (row.scaled and has_offsets):
         return row
-    if m <= FUSED_ROWS and arch in WGMMA and wgmma_fits(n, k, group_size) and (m > LEAN_ROWS or widths != (2,)):
+    if has_wgmma_tile(arch, m, n, k, widths, group_size):
         return wgmma_rule(num_sms, m, n, k, widths, has_offsets=has_offsets)
     if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and group_size >= 32 and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
@@ -231,6 +231,12 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
 def wgmma_fits(n: int, k: int, group_size: int) -> bool:
     """Return whether the kernel of `wgmma.py` takes a matrix: whole steps, whole groups and aligned rows."""
     return k % MIN_STEP == group_size % MIN_STEP == n % 16 == 0
+
+
+def has_wgmma_tile(arch: str, m: int, n: int, k: int, widths: tuple[int, ...], group_size: int) -> bool:
+    """Return whether products take tiles of `wgmma.py`; with 2 bits and few rows those of `lean_rule` are faster."""
+    is_faster = m > LEAN_ROWS or widths != (2,)
+    return arch in WGMMA and m <= FUSED_ROWS and is_faster and wgmma_fits(n, k, group_size)
 
 
 def wgmma_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, has_offsets: bool) -> Tile:

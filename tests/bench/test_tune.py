@@ -171,6 +171,11 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tune, "time_graph", time_graph)
     key = step.keys[0]
     assert (step.clock({key: BETTER}), step.clock({key: GOOD}), step.clock({key: BROKEN})) == (4.0, 2.0, inf)
+    assert not any(tile.wgmma for tile in step.choices(key))
+    monkeypatch.setattr(tune, "arch", lambda _: "sm_90")
+    for bits, group_size, is_wgmma in ((4, 128, True), (4, 64, False), (2, 128, False)):
+        choices = step.choices(key._replace(bits=bits, group_size=group_size))
+        assert {tile.wgmma for tile in choices} == {is_wgmma}
 
 
 @pytest.mark.parametrize(

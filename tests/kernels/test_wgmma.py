@@ -25,6 +25,7 @@ from qinfer.kernels.tiles import (
     WGMMA,
     Product,
     Tile,
+    has_wgmma_tile,
     lookup,
     trial,
     wgmma_fits,
@@ -164,7 +165,11 @@ def test_the_tables_ask_for_it_only_where_it_fits(
     tile = lookup("sm_90", 132, m, n, k, widths, group_size, has_offsets)
     assert tile is not None
     # The few bits of one row are faster where they are taken as the subnormal numbers that they are.
-    assert tile.wgmma == (fits and (m > LEAN_ROWS or widths != (2,)))
+    assert (
+        tile.wgmma
+        == (fits and (m > LEAN_ROWS or widths != (2,)))
+        == has_wgmma_tile("sm_90", m, n, k, widths, group_size)
+    )
     elsewhere = lookup("sm_80", 108, m, n, k, widths, group_size, has_offsets)
     assert elsewhere is not None
     assert not elsewhere.wgmma
