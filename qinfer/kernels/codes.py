@@ -331,15 +331,20 @@ def load_step(p_high, p_low, i_step, first_n, m_n, N64, num_high, HIGH_TILES: tl
     return b_high0, b_high1, b_high2, b_high3, b_low
 
 
+def constant_group(size: int) -> int:
+    """Return a group size to compile in; 0 for a large one, of which there are few."""
+    return size if size <= MAX_CONSTANT_GROUP else 0
+
+
 def constants_of(operand: PlaneOperand) -> tuple[int | bool, ...]:
     """Return what a kernel is compiled for: BITS, HIGH_TILES, HAS_LOW, SLICES, RUN, GROUP, HAS_OFFSETS, EVEN_K."""
     bits, size = operand.bits, operand.group_size
     high, *low = FIELDS[bits]
     step = step_k(bits)
     run = gcd(size // SLICE_K, step // SLICE_K) if size >= SLICE_K else 0
-    group = size if size <= MAX_CONSTANT_GROUP else 0
     tiles, slices = step // tile_k(high), step // SLICE_K
-    return bits, tiles, bool(low), slices, run, group, operand.offsets is not None, operand.in_features % step == 0
+    has_offsets, is_even = operand.offsets is not None, operand.in_features % step == 0
+    return bits, tiles, bool(low), slices, run, constant_group(size), has_offsets, is_even
 
 
 def num_steps(operand: PlaneOperand) -> int:

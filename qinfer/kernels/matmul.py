@@ -8,6 +8,7 @@ Routes, chosen by the operand and by M alone:
   measured: one kernel that unpacks weights in registers (`plane_part.py`), once for as many rows as a tile has. Tiles
   for few rows scale sums, tiles for many rows scale weights.
 - SegmentedOperand, as many rows: the same kernel once per segment; their sums meet like the parts of a split K.
+- Both, where a tile has `wgmma`, on Hopper for up to 64 rows: the kernel of `wgmma.py`, which can walk over segments.
 - Both, more rows: the matrix is dequantized into a scratch of at most MAX_SCRATCH elements, then multiplied by torch;
   the cost of writing it is paid back by the rows.
 

@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from qinfer.errors import UnsupportedError
-from qinfer.kernels.codes import MAX_CONSTANT_GROUP, offset_codes, slice_codes
+from qinfer.kernels.codes import constant_group, offset_codes, slice_codes
 from qinfer.kernels.device import arch
 from qinfer.kernels.operand import FIELDS, MIN_STEP, PlaneOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
@@ -346,13 +346,8 @@ def launch_wgmma(
         bias, y, m, n, x.stride(0), y.stride(1),
         tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
         *zip(*steps, strict=True), tuple(s.group_size for s in segments),
-        SEGMENTS=tuple((s.bits, _constant(s.group_size), s.offsets is not None) for s in segments),
+        SEGMENTS=tuple((s.bits, constant_group(s.group_size), s.offsets is not None) for s in segments),
         IS_WHOLE=parts < len(segments) or len(segments) == 1, HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0,
         LATE=tile.late and not has_offsets, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
         num_warps=tile.warps, **overlap(x),
     )  # fmt: skip
-
-
-def _constant(group_size: int) -> int:
-    """Return a group size to compile in; 0 for a large one, of which there are few."""
-    return group_size if group_size <= MAX_CONSTANT_GROUP else 0

@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*([^;]*);")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*([^;]*);")
 _UNIFORM = re.compile(r"\bUR(\d+)")
 _WRITERS = ("U", "R2UR", "S2UR", "VOTEU", "LDCU", "REDUX", "CREDUX")
 _COMPARISONS = ("UISETP", "UPLOP", "UFSETP", "UTMA", "UBLK", "UCGABAR", "USETMAXREG")
@@ -32,7 +31,7 @@ def unwritten(listing: str) -> list[str]:
     """
     written: set[int] = set()
     found = []
-    for operation, text in _INSTRUCTION.findall(listing):
+    for _, operation, text in _LINE.findall(listing):
         operands = [operand.strip() for operand in text.split(",")]
         if operation.startswith("ULOP3") and operands[0].startswith("UP"):
             operands = operands[1:]  # a predicate that it writes as well
