@@ -16,11 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qinfer.bench.measure import Times, time_graph
+from qinfer.bench.measure import time_graph
 from qinfer.errors import QinferError
 
 ROTATE_BYTES = 200_000_000  # several times the largest cache, so that operands come from memory
-MIN_CALLS = 8  # in a graph, whose own start, some microseconds, is then none of theirs
 TOLERANCE = 4e-3  # relative RMS against fp32; fp16 products of these sizes land near 5e-4
 COARSE = 2e-2  # the same in bf16, with 8 bits of mantissa
 
@@ -82,16 +81,11 @@ def outcome(contender: Contender, x: Tensor, *, is_peer: bool = False, repeats: 
         if not error < (COARSE if contender.dtype == torch.bfloat16 else TOLERANCE):
             return Outcome(None, f"wrong: relative error {error:.2g}")
         calls = [partial(function, x) for function in contender.functions]
-        return Outcome(time_copies(calls, x.device, repeats=repeats).median)
+        return Outcome(time_graph(calls, x.device, repeats=repeats).median)
     except Exception as problem:
         if not is_peer or isinstance(problem, QinferError):
             raise
         return Outcome(None, _told(problem))
-
-
-def time_copies(calls: Sequence[Callable[[], object]], device: torch.device, *, repeats: int = 20) -> Times:
-    """Time calls on copies of their operands in turns, in one graph that has enough of them."""
-    return time_graph([*calls] * ceil(MIN_CALLS / len(calls)), device, repeats=repeats)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qinfer.bench.case import Arguments, Case
 from qinfer.bench.cases import CASES
-from qinfer.bench.contender import COARSE, ROTATE_BYTES, TOLERANCE, relative_error, time_copies
-from qinfer.bench.measure import environment, product_rate, read_bandwidth, time_calls
+from qinfer.bench.contender import COARSE, ROTATE_BYTES, TOLERANCE, relative_error
+from qinfer.bench.measure import environment, product_rate, read_bandwidth, time_calls, time_graph
 from qinfer.bench.report import append
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import OPS, default_device
@@ -113,7 +113,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     copies = min(COPIES, ceil(ROTATE_BYTES / held))
     made = [(args, kwargs), (others, keywords), *(_arguments(case, device) for _ in range(copies - 2))]
     calls = [partial(body, *arguments, **named) for arguments, named in made[:copies]]
-    return {**row, "ms": time_copies(calls, device).median, "problem": None}
+    return {**row, "ms": time_graph(calls, device).median, "problem": None}
 
 
 def _arguments(case: Case, device: torch.device) -> Arguments:

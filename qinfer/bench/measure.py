@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from qinfer.kernels.device import num_sms
 READ_BYTES = 4 << 30  # far beyond any cache
 READ_BYTES_CPU = 256 << 20
 PRODUCT_SIZE = 8192
+GRAPH_MS = 2.0  # of a graph at least, whose start and end, some microseconds, are then none of its functions'
+WARM_MS = 20.0  # between two looks at whether times stand still
+MAX_WARM = 50  # looks
+STILL = 0.01  # by how much times may still fall from look to look
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ def time_calls(function: Callable[[], Any], device: torch.device, *, repeats: in
 def time_graph(functions: Sequence[Callable[[], Any]], device: torch.device, *, repeats: int = 20) -> Times:
     """Time a chain of kernels replayed as one CUDA graph, in milliseconds per function.
 
-    The functions should touch different buffers, together larger than the cache, so that none is measured from it.
+    The graph holds the chain as often as takes GRAPH_MS, and is replayed until its times stand still. The functions
+    should touch different buffers, together larger than the cache, so that none is measured from it.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -76,20 +82,46 @@ def time_graph(functions: Sequence[Callable[[], Any]], device: torch.device, *, 
         for function in functions:
             function()
     torch.cuda.current_stream(device).wait_stream(stream)
+    turns, replay = 1, _captured(functions)
+    while (taken := settled(replay)) < GRAPH_MS:  # of a first short graph most is its start, so a second may be short
+        turns *= ceil(GRAPH_MS / taken)
+        replay = _captured([*functions] * turns)
+    return Times(tuple(replay() / (turns * len(functions)) for _ in range(repeats)))
+
+
+def _captured(functions: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+    """Capture calls as one graph; return what replays it, and returns the milliseconds that took."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for function in functions:
             function()
-    samples = []
-    for i in range(repeats + 3):
+
+    def replay() -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        if i >= 3:
-            samples.append(start.elapsed_time(stop) / len(functions))
-    return Times(tuple(samples))
+        return float(start.elapsed_time(stop))
+
+    return replay
+
+
+def settled(run: Callable[[], float]) -> float:
+    """Call what returns its own milliseconds until they no longer fall; return the last mean.
+
+    A GPU that has been idle is slower at first, for a while that depends on how long it was.
+    """
+    before = inf
+    for _ in range(MAX_WARM):
+        taken: list[float] = []
+        while sum(taken) < WARM_MS:
+            taken.append(run())
+        mean = statistics.fmean(taken)
+        if mean > (1 - STILL) * before:
+            return mean
+        before = mean
+    return before
 
 
 @triton.jit

@@ -124,6 +124,7 @@ G128 = Stored("g128")
 OTHERS = (
     Stored("g128 asym", sym=False),
     Stored("g32", group_size=32),
+    Stored("6 bits g32", bits=6, group_size=32),
     Stored("g64 asym", group_size=64, sym=False),
     Stored("one group", group_size=-1),
     Stored("g128 order", order=True),

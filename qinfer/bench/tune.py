@@ -34,7 +34,7 @@ from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import arch, default_device, num_sms
 from qinfer.kernels.matmul import matmul
 from qinfer.kernels.operand import PlaneOperand
-from qinfer.kernels.tiles import MEASURED, TABLES, Product, Tile, bucket, has_wgmma_tile, trial
+from qinfer.kernels.tiles import MEASURED, TABLES, Product, SegmentShape, Tile, bucket, has_wgmma_tile, trial
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 
@@ -134,7 +134,7 @@ class Step:
         """Return the tiles to try for a matrix."""
         device = self.model.device
         shape = key.m_max, key.n, key.k, num_sms(device)
-        if has_wgmma_tile(arch(device), key.m_max, key.n, key.k, (key.bits,), key.group_size):
+        if has_wgmma_tile(arch(device), key.m_max, key.n, [SegmentShape(key.k, key.bits, key.group_size)]):
             return list(wgmma_candidates(*shape))
         tiles = candidates(*shape)
         return [tile for tile in tiles if not tile.scaled or arch(device) in MEASURED]

@@ -41,8 +41,8 @@ from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand,
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.parts import load_sum
 from qinfer.kernels.plane_part import accumulate_part
-from qinfer.kernels.tiles import FEW_ROWS, FUSED_ROWS, Tile, lookup, registers, rule, shared_bytes
-from qinfer.kernels.wgmma import check_wgmma, launch_wgmma, unit
+from qinfer.kernels.tiles import FEW_ROWS, FUSED_ROWS, Tile, lookup, registers, rule, shapes_of, shared_bytes
+from qinfer.kernels.wgmma import check_wgmma, launch_wgmma
 
 MAX_SCRATCH = 512 * 2**20  # elements, the max_dq_size of ExLlamaV2
 SUM_COLUMNS = 256
@@ -305,9 +305,8 @@ def _splits(split_k: int, segment: PlaneOperand, segments: Sequence[PlaneOperand
 
 def tile_of(segments: Sequence[PlaneOperand], device: torch.device, m: int) -> Tile | None:
     """Return the tile of a packed matrix for m rows; None if they are so many that it is dequantized for them."""
-    k, widths = sum(segment.in_features for segment in segments), tuple(segment.bits for segment in segments)
     has_offsets = any(segment.offsets is not None for segment in segments)
-    return lookup(arch(device), num_sms(device), m, segments[0].out_features, k, widths, unit(segments), has_offsets)
+    return lookup(arch(device), num_sms(device), m, segments[0].out_features, shapes_of(segments), has_offsets)
 
 
 def _product(

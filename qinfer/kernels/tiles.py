@@ -8,17 +8,17 @@ slower. Beyond some number of rows a product has no tile: writing the matrix out
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
-from math import ceil, floor
+from math import ceil, floor, gcd
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
 
-from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, step_k, tile_k
+from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, PlaneOperand, step_k, tile_k
 
 # What a pipeline may take: with few rows so little that six or four programs fit a multiprocessor of a data-centre GPU,
 # with more rows what consumer GPUs have for one program, 99 KiB.
@@ -60,8 +60,8 @@ class Tile:
 
     With `scaled`, weights take their scales before they are multiplied, and not the sums of a group after it: an
     operation per weight instead of one per sum and group, and one set of sums in the registers instead of two. With
-    `wgmma`, the kernel of `wgmma.py` takes it, which with `late` adds the sums of a step while the weights of the next
-    are unpacked.
+    `wgmma`, the kernel of `wgmma.py` takes it, which with `late` adds the sums of a step, where it can, while the
+    weights of the next are unpacked.
     """
 
     block_m: int
@@ -82,6 +82,19 @@ class Product(NamedTuple):
     m_max: int
     n: int
     k: int
+
+
+class SegmentShape(NamedTuple):
+    """What tiles depend on of a matrix, or of one of several on top of each other."""
+
+    k: int
+    bits: int
+    group_size: int
+
+
+def shapes_of(segments: Sequence[PlaneOperand]) -> tuple[SegmentShape, ...]:
+    """Return the shapes of a matrix's segments."""
+    return tuple(SegmentShape(one.in_features, one.bits, one.group_size) for one in segments)
 
 
 def bucket(m: int) -> int:
@@ -110,32 +123,31 @@ def _table(arch: str) -> dict[Product, Tile]:
 
 @cache
 def lookup(
-    arch: str, num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], group_size: int, has_offsets: bool
+    arch: str, num_sms: int, m: int, n: int, segments: tuple[SegmentShape, ...], has_offsets: bool
 ) -> Tile | None:
-    """Return the tile of a product of [m, k] rows and a plane matrix [k, n] with codes of some widths in bits.
+    """Return the tile of a product of m rows and a plane matrix of n outputs, or several on top of each other.
 
     Rows of the table are for matrices of one width; a tile that fits one group size may spill with another. Tiles that
-    scale weights are there for what they need of shared memory without offsets. Of several segments the group size is
-    what all their groups and their features are multiples of.
+    scale weights are there for what they need of shared memory without offsets.
 
     Returns:
         The tile; None where writing the matrix out is faster, which it never is for up to FUSED_ROWS rows.
     """
-    row = _table(arch).get(Product(widths[0], group_size, bucket(m), n, k)) if len(widths) == 1 else None
-    if row is not None and row.wgmma:
-        return replace(row, late=row.late and not has_offsets)
+    k, widths = sum(segment.k for segment in segments), tuple(segment.bits for segment in segments)
+    whole = segments[0].group_size if len(segments) == 1 else gcd(*(gcd(one.k, one.group_size) for one in segments))
+    row = _table(arch).get(Product(widths[0], whole, bucket(m), n, k)) if len(segments) == 1 else None
     if row is not None and not (row.scaled and has_offsets):
         return row
-    if has_wgmma_tile(arch, m, n, k, widths, group_size):
-        return wgmma_rule(num_sms, m, n, k, widths, has_offsets=has_offsets)
-    if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and group_size >= 32 and arch[:3] == "sm_":
+    if has_wgmma_tile(arch, m, n, segments):
+        return wgmma_rule(num_sms, m, n, segments)
+    if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and whole >= SLICE_K and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
     if len(set(widths)) > 1 and m <= FEW_ROWS and arch in MEASURED:
         return mixed_rule(num_sms, m, n, k, widths)
     if m <= FUSED_ROWS:
         return rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
     if arch in MEASURED and m <= 2 * wide_rows(widths):
-        return wide_rule(num_sms, m, n, k, widths, is_lean=group_size >= MIN_STEP and not has_offsets)
+        return wide_rule(num_sms, m, n, k, widths, is_lean=whole >= MIN_STEP and not has_offsets)
     return None
 
 
@@ -228,40 +240,53 @@ def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) ->
     return Tile(rows, 128, max(1, min(split_k, k // MIN_PART, 16)), 4, 2)
 
 
-def wgmma_fits(n: int, k: int, group_size: int) -> bool:
-    """Return whether the kernel of `wgmma.py` takes a matrix: whole steps, whole groups and aligned rows."""
-    return k % MIN_STEP == group_size % MIN_STEP == n % 16 == 0
+def wgmma_fits(n: int, segments: Sequence[SegmentShape]) -> bool:
+    """Return whether the kernel of `wgmma.py` takes a matrix: whole steps, of which groups are parts or multiples."""
+    return n % 16 == 0 and all(
+        k % MIN_STEP == 0 and (group_size in (SLICE_K, 2 * SLICE_K) or group_size % MIN_STEP == 0)
+        for k, _, group_size in segments
+    )
 
 
-def has_wgmma_tile(arch: str, m: int, n: int, k: int, widths: tuple[int, ...], group_size: int) -> bool:
+def has_wgmma_tile(arch: str, m: int, n: int, segments: Sequence[SegmentShape]) -> bool:
     """Return whether products take tiles of `wgmma.py`; with 2 bits and few rows those of `lean_rule` are faster."""
-    is_faster = m > LEAN_ROWS or widths != (2,)
-    return arch in WGMMA and m <= FUSED_ROWS and is_faster and wgmma_fits(n, k, group_size)
+    is_faster = m > LEAN_ROWS or len(segments) > 1 or segments[0].bits != 2
+    return arch in WGMMA and m <= FUSED_ROWS and is_faster and wgmma_fits(n, segments)
 
 
-def wgmma_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, has_offsets: bool) -> Tile:
+def wgmma_rule(num_sms: int, m: int, n: int, segments: Sequence[SegmentShape]) -> Tile:
     """Return a reasonable tile of the kernel of `wgmma.py` for up to FUSED_ROWS rows.
 
     Three programs to a multiprocessor, two with 64 rows and 128 columns, whose sums leave no registers for a third; of
-    many rows narrow tiles, where four parts of K fill the GPU with them, for parts cost more to add there. Few rows and
-    codes of two fields are bound by unpacking: two parts where there are many programs, so that the last ones are
-    short. Two programs that walk over all of K have a stage more.
+    many rows narrow tiles, where four parts of K fill the GPU with them, for parts cost more to add there. Two programs
+    that walk over all of K have a stage more.
+
+    Few rows and codes of two fields are bound by unpacking: two parts where there are many programs, so that the last
+    ones are short. Groups smaller than a step are products of their own, and waited for one by one. That takes two
+    parts for more rows too, and for eight where all programs run at once; six parts of narrow tiles; and registers:
+    with groups of a slice half the rows leave none for a third program, and all rows, or codes of two fields, would
+    spill.
 
     To add sums late takes registers and x of another step, which pays unless there are more programs than then run at
-    once, and but for the smallest and the largest tile with codes of 5 or 6 bits. Where offsets have to be taken from
-    the codes, ptxas would wait for every single `wgmma`.
+    once, and but for the smallest and the largest tile with codes of 5 or 6 bits.
     """
-    block_m = max(8, 1 << (m - 1).bit_length())
-    is_narrow = block_m > 16 and 4 * -(-n // 64) <= 3 * num_sms
-    block_n = 64 if is_narrow else 128
-    is_full, has_two_fields = block_m * block_n == FUSED_ROWS * 128, any(len(FIELDS[bits]) > 1 for bits in widths)
+    k, widths = sum(segment.k for segment in segments), {segment.bits for segment in segments}
+    smallest, has_two_fields = min(one.group_size for one in segments), any(len(FIELDS[bits]) > 1 for bits in widths)
+    block_m, is_small = max(8, 1 << (m - 1).bit_length()), smallest < MIN_STEP
+    full_rows = FUSED_ROWS // (2 if smallest == SLICE_K else 1)
+    would_spill = block_m > full_rows or (block_m == FUSED_ROWS and is_small and has_two_fields)
+    is_narrow = would_spill or (block_m > 16 and 4 * -(-n // 64) <= 3 * num_sms)
+    block_n, is_full = (64, False) if is_narrow else (128, block_m == full_rows)
     programs, places = -(-n // block_n), (2 if is_full else 3) * num_sms
-    split_k = max(1, min(places // programs, k // MIN_PART, 4 if is_narrow else 16))
+    split_k = max(1, min(places // programs, k // MIN_PART, (6 if is_small else 4) if is_narrow else 16))
     late = programs * split_k <= (2 if block_m == FUSED_ROWS else 3) * num_sms or (block_m > 16 and not is_narrow)
-    late = late and not has_offsets and not (widths in ((5,), (6,)) and (is_full or block_m == 8))
-    if has_two_fields and block_m <= 16 and programs > places:
-        split_k = 2
-    stages = 4 if block_m <= 16 and split_k == 1 and programs <= 2 * num_sms else 3
+    late = late and not (widths in ({5}, {6}) and (is_full or block_m == 8))
+    is_crowded = programs > places
+    in_two = has_two_fields and block_m <= 16 and is_crowded
+    if is_small:
+        in_two = 8 < block_m < FUSED_ROWS and not is_full if is_crowded else block_m == 8 and programs > num_sms
+    split_k = 2 if in_two else split_k
+    stages = 4 if block_m <= 16 and split_k == 1 and programs <= 2 * num_sms and not is_small else 3
     return Tile(block_m, block_n, split_k, 4, stages, wgmma=True, late=late)
 
 

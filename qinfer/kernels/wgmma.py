@@ -5,24 +5,24 @@
 Plain Triton waits for the tensor cores behind every `wgmma` whose first operand is in registers, so behind every slice
 of 32 features, or, with two warps, takes `mma.sync`, which has half the rate. Here a step of 128 features is two
 products of 64, and the wait stands where their sums or their registers are needed: at the end of the step or, with
-`LATE`, behind the unpacking of the next half step. Whoever waits names the registers that the product reads, for
-nothing else keeps them from being overwritten (`tests/compile/sass.py` checks the assembly). Weights of the first
-stages are on their way before the kernel before has finished; x is fetched behind that.
+`LATE`, behind the unpacking of the next half step. Of groups smaller than a step each is a product with sums of its
+own, which are waited for when the weights of the next are unpacked. Whoever waits names the registers that the product
+reads, for nothing else keeps them from being overwritten (`tests/compile/sass.py` checks the assembly). Weights of the
+first stages are on their way before the kernel before has finished; x is fetched behind that.
 
 A step has one tile of a plane of 4 bits and two of 8 bits; of a plane of 2 or 1 bits two or four steps share a tile,
 which is fetched once and shifted to the slices of the step. The rings of tiles, x, scales and offsets are allocations
 of their own, and so is each half of x: Triton keeps accesses to one allocation in order by barriers, whatever part of
 it they touch.
 
-Limits, which `check_wgmma` and the launcher see to: sm_90; K and group size of every segment multiples of 128, N a
-multiple of 16; x in 16 bits. Interpreters do not know Gluon; GPU tests hold it against the reference.
+Limits, which `check_wgmma` and the launcher see to: sm_90; K of every segment a multiple of 128, its group size one,
+or 32 or 64; N a multiple of 16; x in 16 bits. Interpreters do not know Gluon; GPU tests hold it against the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from math import gcd
 
 import torch
 import triton
@@ -41,7 +41,7 @@ from qinfer.kernels.codes import constant_group, offset_codes, slice_codes
 from qinfer.kernels.device import arch
 from qinfer.kernels.operand import FIELDS, MIN_STEP, PlaneOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
-from qinfer.kernels.tiles import WGMMA, Tile, wgmma_fits
+from qinfer.kernels.tiles import WGMMA, Tile, shapes_of, wgmma_fits
 
 ALIGNED = 16  # elements that a row of x, W or its scales is a multiple of
 # The older name is that of Triton 3.6.
@@ -64,6 +64,12 @@ def _width(bits, plane):
 def _share(width):
     """Return how many steps have a tile of a plane in common."""
     return max(1, 4 // width)
+
+
+@gluon.constexpr_function
+def _lines(group):
+    """Return how many groups a step has."""
+    return 128 // group if 0 < group < 128 else 1
 
 
 @gluon.constexpr_function
@@ -110,10 +116,42 @@ def _load_tile(s_plane, slot, i_step, WIDTH: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _fetch_line(s_line, p_line, m_line, slot, i_step, last, N64, group_size, GROUP: gl.constexpr):
-    """Send the scales or offsets of a step's group on their way."""
+def _fetch_lines(s_lines, p_lines, m_lines, slot, i_step, last, N64, group_size, GROUP: gl.constexpr):
+    """Send the scales or offsets of a step's groups on their way."""
     first = (i_step * 128 // (group_size if GROUP == 0 else GROUP)) * N64
-    copy_to_shared(s_line.index(slot), p_line + first, mask=m_line & (i_step < last))
+    copy_to_shared(s_lines.index(slot), p_lines + first, mask=m_lines & (i_step < last))
+
+
+@gluon.jit
+def _load_words(rings, slot, i_step, BITS: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr):
+    """Load the words of a step's planes, as `codes.py` wants them."""
+    b_high = _load_tile(rings[0], slot, i_step, _width(BITS, 0), STAGES, WEIGHTS)
+    b_low = b_high
+    if _width(BITS, 1) > 0:
+        b_low = _load_tile(rings[1], slot, i_step, _width(BITS, 1), STAGES, WEIGHTS)
+    return b_high, b_low, b_high, b_high, b_low
+
+
+@gluon.jit
+def _load_line(s_lines, slot, LINE: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load the scales or offsets of one of a step's groups: [BLOCK_N] fp32."""
+    return s_lines.index(slot).slice(LINE * BLOCK_N, BLOCK_N).load(LAYOUT).to(gl.float32)
+
+
+@gluon.jit
+def _fetch_weights(
+    rings, pointers, masks, slot, i_step, first, last, step_words, N64, group_size,
+    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Send the words, scales and offsets of a step on their way."""
+    HIGH: gl.constexpr = _width(BITS, 0)
+    LOW: gl.constexpr = _width(BITS, 1)
+    _fetch_tile(rings[0], pointers[0], masks[0], slot, i_step, first, last, step_words, N64, HIGH, STAGES)
+    if LOW > 0:
+        _fetch_tile(rings[1], pointers[1], masks[0], slot, i_step, first, last, step_words, N64, LOW, STAGES)
+    _fetch_lines(rings[2], pointers[2], masks[1], slot, i_step, last, N64, group_size, GROUP)
+    if HAS_OFFSETS:
+        _fetch_lines(rings[3], pointers[3], masks[2], slot, i_step, last, N64, group_size, GROUP)
 
 
 @gluon.jit
@@ -124,19 +162,57 @@ def _fetch_x(s_x0, s_x1, p_x, m_x, slot, i_step, last):
 
 
 @gluon.jit
+def _slice(b_words, b_offsets, INDEX: gl.constexpr, BITS: gl.constexpr, HAS_OFFSETS: gl.constexpr, DTYPE: gl.constexpr):
+    """Unpack a slice of a step: [BLOCK_N, 32] in DTYPE."""
+    if HAS_OFFSETS:
+        return offset_codes(b_words, b_offsets, BITS, INDEX, DTYPE, True)
+    else:
+        return slice_codes(b_words, BITS, INDEX, DTYPE, True)
+
+
+@gluon.jit
 def _half(
     b_words, b_offsets, HALF: gl.constexpr, BITS: gl.constexpr, HAS_OFFSETS: gl.constexpr, DTYPE: gl.constexpr,
     WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Unpack two slices of a step side by side: [BLOCK_N, 64] in DTYPE. Nothing moves but the names of registers."""
-    if HAS_OFFSETS:
-        b_even = offset_codes(b_words, b_offsets, BITS, 2 * HALF, DTYPE, True)
-        b_odd = offset_codes(b_words, b_offsets, BITS, 2 * HALF + 1, DTYPE, True)
-    else:
-        b_even = slice_codes(b_words, BITS, 2 * HALF, DTYPE, True)
-        b_odd = slice_codes(b_words, BITS, 2 * HALF + 1, DTYPE, True)
+    b_even = _slice(b_words, b_offsets, 2 * HALF, BITS, HAS_OFFSETS, DTYPE)
+    b_odd = _slice(b_words, b_offsets, 2 * HALF + 1, BITS, HAS_OFFSETS, DTYPE)
     b_pair = gl.reshape(gl.permute(gl.join(b_even, b_odd), (0, 2, 1)), (b_even.shape[0], 64))
     return gl.convert_layout(b_pair, WEIGHTS, assert_trivial=True)
+
+
+@gluon.jit
+def _add_groups(
+    b_acc, b_words, rings, s_x0, s_x1, slot, x_slot,
+    NUM_LINES: gl.constexpr, BITS: gl.constexpr, HAS_OFFSETS: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Add the products of a step of two or four groups, each while the weights of the next are unpacked."""
+    BLOCK_N: gl.constexpr = b_acc.shape[0]
+    DTYPE: gl.constexpr = s_x0.dtype
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    b_sum, b_weights = gl.zeros(b_acc.shape, gl.float32, MMA), b_words[0]
+    b_scales = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, MMA))
+    for i in gl.static_range(NUM_LINES):
+        b_offsets = b_words
+        if HAS_OFFSETS:
+            b_offsets = _load_line(rings[3], slot, i, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
+        if NUM_LINES == 2:
+            b_next = _half(b_words, b_offsets, i, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
+            s_x = (s_x0 if i == 0 else s_x1).index(x_slot).permute((1, 0))
+        else:
+            b_next = _slice(b_words, b_offsets, i, BITS, HAS_OFFSETS, DTYPE)
+            b_next = gl.convert_layout(b_next, WEIGHTS, assert_trivial=True)
+            s_x = (s_x0 if i < 2 else s_x1).index(x_slot).slice(i % 2 * 32, 32, dim=1).permute((1, 0))
+        if i > 0:
+            b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_weights])
+            b_acc += b_sum * b_scales[:, None]
+        b_sum = warpgroup_mma(b_next, s_x, b_sum, use_acc=False, is_async=True)
+        b_scales = _load_line(rings[2], slot, i, BLOCK_N, gl.SliceLayout(1, MMA))
+        b_weights = b_next
+    # Sums in flight at the end of a turn of the loop would be copied there, and ptxas then waits for every product.
+    b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_weights])
+    return b_acc + b_sum * b_scales[:, None]
 
 
 @gluon.jit
@@ -159,31 +235,36 @@ def _accumulate_steps(
     LOW: gl.constexpr = _width(BITS, 1)
     MMA: gl.constexpr = _layout(BLOCK_M, num_warps)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    # Shared memory as `ldmatrix` and `wgmma` read it without conflicts; copies of 16 bytes, and of 4 for a line.
+    # Shared memory as `ldmatrix` and `wgmma` read it without conflicts; copies of 16 bytes, and of 4 for lines.
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     COPY_WORDS: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [num_warps, 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     COPY_SCALES: gl.constexpr = gl.BlockedLayout([32 // SCALE.primitive_bitwidth], [32], [num_warps], [0])
     COPY_OFFSETS: gl.constexpr = gl.BlockedLayout([32 // OFFSET.primitive_bitwidth], [32], [num_warps], [0])
     # The last product of a step may still read its x while that of another is fetched.
     X_STAGES: gl.constexpr = STAGES + 1 if LATE else STAGES
+    NUM_LINES: gl.constexpr = _lines(GROUP)
+    LINES_N: gl.constexpr = NUM_LINES * BLOCK_N
 
     s_high = gl.allocate_shared_memory(gl.int16, [_slots(HIGH, STAGES), BLOCK_N, 32], WORDS)
     s_low = s_high
     if LOW > 0:
         s_low = gl.allocate_shared_memory(gl.int16, [_slots(LOW, STAGES), BLOCK_N, 32], WORDS)
-    s_scales = gl.allocate_shared_memory(SCALE, [STAGES, BLOCK_N], LINE)
+    s_scales = gl.allocate_shared_memory(SCALE, [STAGES, LINES_N], LINES)
     s_offsets = s_scales
     if HAS_OFFSETS:
-        s_offsets = gl.allocate_shared_memory(OFFSET, [STAGES, BLOCK_N], LINE)
+        s_offsets = gl.allocate_shared_memory(OFFSET, [STAGES, LINES_N], LINES)
     s_x0 = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_M, 64], ROWS)
     s_x1 = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_M, 64], ROWS)
 
     N64 = N.to(gl.int64)
     o_words = gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY_WORDS))
-    o_scales, o_offsets = gl.arange(0, BLOCK_N, COPY_SCALES), gl.arange(0, BLOCK_N, COPY_OFFSETS)
+    # Lines of scales and offsets, one behind the other.
+    o_scales, o_offsets = gl.arange(0, LINES_N, COPY_SCALES), gl.arange(0, LINES_N, COPY_OFFSETS)
+    line_scales, line_offsets = o_scales // BLOCK_N, o_offsets // BLOCK_N
+    o_scales, o_offsets = o_scales % BLOCK_N, o_offsets % BLOCK_N
     m_words = ((first_n + o_words < N) | EVEN_N)[:, None]
     m_scales, m_offsets = (first_n + o_scales < N) | EVEN_N, (first_n + o_offsets < N) | EVEN_N
     o_c = gl.arange(0, 32, gl.SliceLayout(0, COPY_WORDS))
@@ -191,7 +272,10 @@ def _accumulate_steps(
     p_high, p_low = p_high + o_tile, p_low + o_tile
     if BITS == 8:
         p_low = p_high + N64 * 32
-    p_scales, p_offsets = p_scales + (first_n + o_scales), p_offsets + (first_n + o_offsets)
+    p_scales = p_scales + (first_n + o_scales + line_scales * N64)
+    p_offsets = p_offsets + (first_n + o_offsets + line_offsets * N64)
+    rings, pointers = (s_high, s_low, s_scales, s_offsets), (p_high, p_low, p_scales, p_offsets)
+    masks = (m_words, m_scales, m_offsets)
     o_x = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))
     m_x = (o_x < M)[:, None]
     p_x += o_x.to(gl.int64)[:, None] * x_stride + gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
@@ -199,12 +283,10 @@ def _accumulate_steps(
     per_step = N64 * (64 if BITS == 8 else 32)  # words, where steps share no tile
     step_words = first * per_step
     for i in gl.static_range(STAGES - 1):
-        _fetch_tile(s_high, p_high, m_words, i, first + i, first, last, step_words, N64, HIGH, STAGES)
-        if LOW > 0:
-            _fetch_tile(s_low, p_low, m_words, i, first + i, first, last, step_words, N64, LOW, STAGES)
-        _fetch_line(s_scales, p_scales, m_scales, i, first + i, last, N64, group_size, GROUP)
-        if HAS_OFFSETS:
-            _fetch_line(s_offsets, p_offsets, m_offsets, i, first + i, last, N64, group_size, GROUP)
+        _fetch_weights(
+            rings, pointers, masks, i, first + i, first, last, step_words, N64, group_size,
+            BITS, GROUP, HAS_OFFSETS, STAGES,
+        )  # fmt: skip
         async_copy.commit_group()
         step_words += per_step
     wait_for_inputs(OVERLAP)
@@ -220,38 +302,36 @@ def _accumulate_steps(
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         i_free = i_step + (STAGES - 1)
-        _fetch_tile(s_high, p_high, m_words, free_slot, i_free, first, last, step_words, N64, HIGH, STAGES)
-        if LOW > 0:
-            _fetch_tile(s_low, p_low, m_words, free_slot, i_free, first, last, step_words, N64, LOW, STAGES)
-        _fetch_line(s_scales, p_scales, m_scales, free_slot, i_free, last, N64, group_size, GROUP)
-        if HAS_OFFSETS:
-            _fetch_line(s_offsets, p_offsets, m_offsets, free_slot, i_free, last, N64, group_size, GROUP)
+        _fetch_weights(
+            rings, pointers, masks, free_slot, i_free, first, last, step_words, N64, group_size,
+            BITS, GROUP, HAS_OFFSETS, STAGES,
+        )  # fmt: skip
         _fetch_x(s_x0, s_x1, p_x, m_x, free_x_slot, i_free, last)
         async_copy.commit_group()
-        b_high = _load_tile(s_high, slot, i_step, HIGH, STAGES, WEIGHTS)
-        b_low = b_high
-        if LOW > 0:
-            b_low = _load_tile(s_low, slot, i_step, LOW, STAGES, WEIGHTS)
-        b_words = (b_high, b_low, b_high, b_high, b_low)
-        b_scales = s_scales.index(slot).load(gl.SliceLayout(1, MMA)).to(gl.float32)
-        b_offsets = s_offsets.index(slot).load(gl.SliceLayout(1, WEIGHTS)).to(gl.float32)
-        b_first = _half(b_words, b_offsets, 0, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
-        if LATE:
-            # Only now are the sums of the step before needed: they were made while these weights were unpacked.
-            b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_second])
-            b_acc += b_sum * b_scale[:, None]
-        s_x = s_x0.index(x_slot).permute((1, 0))
-        b_sum = warpgroup_mma(b_first, s_x, b_sum, use_acc=False, is_async=True)
-        b_second = _half(b_words, b_offsets, 1, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
-        s_x = s_x1.index(x_slot).permute((1, 0))
-        b_sum = warpgroup_mma(b_second, s_x, b_sum, is_async=True)
-        # Registers that a product reads must be there until it has ended, and so they are named where it is waited for.
-        if LATE:
-            b_scale = b_scales
-            b_sum, _ = warpgroup_mma_wait(1, deps=[b_sum, b_first])
+        b_words = _load_words(rings, slot, i_step, BITS, STAGES, WEIGHTS)
+        if NUM_LINES > 1:
+            b_acc = _add_groups(b_acc, b_words, rings, s_x0, s_x1, slot, x_slot, NUM_LINES, BITS, HAS_OFFSETS, MMA)
         else:
-            b_sum, _, _ = warpgroup_mma_wait(0, deps=[b_sum, b_first, b_second])
-            b_acc += b_sum * b_scales[:, None]
+            b_scales = _load_line(s_scales, slot, 0, BLOCK_N, gl.SliceLayout(1, MMA))
+            b_offsets = _load_line(s_offsets, slot, 0, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
+            b_first = _half(b_words, b_offsets, 0, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
+            if LATE:
+                # Only now are the sums of the step before needed: they were made while these weights were unpacked.
+                b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_second])
+                b_acc += b_sum * b_scale[:, None]
+            s_x = s_x0.index(x_slot).permute((1, 0))
+            b_sum = warpgroup_mma(b_first, s_x, b_sum, use_acc=False, is_async=True)
+            b_second = _half(b_words, b_offsets, 1, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
+            s_x = s_x1.index(x_slot).permute((1, 0))
+            b_sum = warpgroup_mma(b_second, s_x, b_sum, is_async=True)
+            # Registers that a product reads must be there until it has ended, and so they are named where that is
+            # waited for.
+            if LATE:
+                b_scale = b_scales
+                b_sum, _ = warpgroup_mma_wait(1, deps=[b_sum, b_first])
+            else:
+                b_sum, _, _ = warpgroup_mma_wait(0, deps=[b_sum, b_first, b_second])
+                b_acc += b_sum * b_scales[:, None]
         step_words += per_step
         slot, free_slot = _next(slot, STAGES), _next(free_slot, STAGES)
         x_slot, free_x_slot = _next(x_slot, X_STAGES), _next(free_x_slot, X_STAGES)
@@ -300,12 +380,6 @@ def _wgmma_kernel(
     gl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_m < M)[None, :])
 
 
-def unit(segments: Sequence[PlaneOperand]) -> int:
-    """Return what all groups, and the features of all segments, are whole multiples of; of one matrix its group."""
-    sizes = [segment.group_size for segment in segments]
-    return gcd(*sizes, *(segment.in_features for segment in segments)) if len(segments) > 1 else sizes[0]
-
-
 def check_wgmma(x: Tensor, segments: Sequence[PlaneOperand]) -> None:
     """Refuse what the kernel does not take.
 
@@ -314,11 +388,10 @@ def check_wgmma(x: Tensor, segments: Sequence[PlaneOperand]) -> None:
     """
     if arch(x.device) not in WGMMA:
         raise UnsupportedError(f"tiles with wgmma work on {', '.join(WGMMA)}, not on {arch(x.device)}")
-    n, k = segments[0].out_features, sum(segment.in_features for segment in segments)
-    if not wgmma_fits(n, k, unit(segments)):
+    if not wgmma_fits(segments[0].out_features, shapes_of(segments)):
         raise UnsupportedError(
-            "tiles with wgmma want N a multiple of 16, and K and group size of every segment multiples of 128; tiles "
-            "with wgmma=False take every matrix"
+            "tiles with wgmma want N a multiple of 16, K of every segment a multiple of 128, and its group size one, "
+            "or 32 or 64; tiles with wgmma=False take every matrix"
         )
 
 
@@ -339,7 +412,8 @@ def launch_wgmma(
     if x.stride(0) % ALIGNED or x.data_ptr() % (2 * ALIGNED):
         x = x.clone(memory_format=torch.contiguous_format)  # copies of 16 bytes want whole ones
     steps = [divmod(segment.in_features // MIN_STEP, split) for segment, split in zip(segments, splits, strict=True)]
-    has_offsets = any(segment.offsets is not None for segment in segments)
+    # Of offsets that have to be taken from the codes, ptxas would wait for every single `wgmma`.
+    is_late = tile.late and all(s.offsets is None and s.group_size % MIN_STEP == 0 for s in segments)
     _wgmma_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](
         x, tuple(s.planes[0] for s in segments), tuple(s.planes[-1] for s in segments),
         tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
@@ -348,6 +422,6 @@ def launch_wgmma(
         *zip(*steps, strict=True), tuple(s.group_size for s in segments),
         SEGMENTS=tuple((s.bits, constant_group(s.group_size), s.offsets is not None) for s in segments),
         IS_WHOLE=parts < len(segments) or len(segments) == 1, HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0,
-        LATE=tile.late and not has_offsets, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
-        num_warps=tile.warps, **overlap(x),
+        LATE=is_late, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        **overlap(x),
     )  # fmt: skip

@@ -36,18 +36,17 @@ def _contender(function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.
 
 def test_a_result_has_a_time_or_a_problem() -> None:
     x = torch.randn(4, 8)
-    assert outcome(_contender(lambda x: x), x) == Outcome(8.0)
+    assert outcome(_contender(lambda x: x), x) == Outcome(1.0)
     for wrong in (lambda x: x * 1.01, lambda x: x * float("nan")):
         found = outcome(_contender(wrong), x)
         assert found.ms is None
         assert str(found) == "wrong"
     # bf16 has fewer bits, but not that few.
-    assert outcome(_contender(lambda x: x * 1.01, torch.bfloat16), x).ms == 8.0
+    assert outcome(_contender(lambda x: x * 1.01, torch.bfloat16), x).ms == 1.0
     assert outcome(_contender(lambda x: x * 1.05, torch.bfloat16), x).ms is None
 
 
-@pytest.mark.parametrize(("copies", "calls"), [(1, 8), (3, 9), (8, 8), (11, 11)])
-def test_every_copy_is_called_as_often_and_a_graph_has_eight_calls_at_least(copies: int, calls: int) -> None:
+def test_every_copy_is_called_as_often() -> None:
     def note(x: Tensor, copy: int) -> Tensor:
         called.append(copy)
         return x
@@ -59,11 +58,11 @@ def test_every_copy_is_called_as_often_and_a_graph_has_eight_calls_at_least(copi
         return Times((1.0,))
 
     called: list[int] = []
-    functions = [partial(note, copy=copy) for copy in range(copies)]
+    functions = [partial(note, copy=copy) for copy in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contender, "time_graph", clock)
         outcome(Contender("x", functions, lambda x: x.float(), 1), torch.randn(2, 2))
-    assert called == [i % copies for i in range(calls)]
+    assert called == [0, 1, 2]
 
 
 def test_a_peer_may_fail_and_qinfer_may_not() -> None:

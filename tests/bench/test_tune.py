@@ -19,7 +19,7 @@ from qinfer.bench.measure import Times
 from qinfer.bench.search import Change, candidates, search, wgmma_candidates
 from qinfer.bench.synthetic import synthetic_model
 from qinfer.kernels import tiles
-from qinfer.kernels.tiles import Product, Tile, lookup, trial
+from qinfer.kernels.tiles import Product, SegmentShape, Tile, lookup, trial
 
 FIRST, SECOND = Product(4, 128, 1, 512, 256), Product(4, 128, 1, 256, 256)
 START, GOOD, BETTER, BROKEN = (Tile(16, 64, split, 4, 3) for split in (1, 2, 4, 8))
@@ -123,11 +123,11 @@ def test_the_share_of_a_rank_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_trial_is_in_front_of_the_table_and_leaves_no_trace() -> None:
-    arguments = ("sm_none", 132, 3, 512, 256, (4,), 128, False)
+    arguments = ("sm_none", 132, 3, 512, (SegmentShape(256, 4, 128),), False)
     rule = lookup(*arguments)
     with trial("sm_none", {Product(4, 128, 4, 512, 256): BROKEN}):
         assert lookup(*arguments) == BROKEN
-        assert lookup("sm_none", 132, 1, 512, 256, (4,), 128, False) == rule
+        assert lookup("sm_none", 132, 1, 512, (SegmentShape(256, 4, 128),), False) == rule
     assert lookup(*arguments) == rule
     with pytest.raises(ZeroDivisionError), trial("sm_none", {Product(4, 128, 4, 512, 256): BROKEN}):
         _ = 1 / 0
@@ -145,8 +145,8 @@ def test_rows_replace_those_of_the_same_shape_and_are_read(tmp_path: Path, monke
     assert [(row["n"], row["split_k"], row["step_us_before"]) for row in rows] == [(256, 4, 900.0), (512, 2, 1000.0)]
     assert all(row["gpu"] == "y" and row["revision"] == "z" for row in rows)
     monkeypatch.setattr(tiles, "TABLES", path.parent)
-    assert lookup("sm_test", 132, 1, 512, 256, (4,), 128, False) == GOOD
-    assert lookup("sm_test", 132, 1, 256, 256, (4,), 128, False) == BETTER
+    assert lookup("sm_test", 132, 1, 512, (SegmentShape(256, 4, 128),), False) == GOOD
+    assert lookup("sm_test", 132, 1, 256, (SegmentShape(256, 4, 128),), False) == BETTER
     lookup.cache_clear()
     tiles._table.cache_clear()
 
@@ -165,7 +165,7 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
         return tune.matmul.reference(x, operand, out_dtype=out_dtype) * (1.1 if tile == BROKEN else 1)
 
     def time_graph(functions: Any, device: torch.device, *, repeats: int) -> Times:
-        return Times((float(lookup("cpu", 8, 2, *gate_up, (4,), 128, False).split_k),))
+        return Times((float(lookup("cpu", 8, 2, gate_up[0], (SegmentShape(gate_up[1], 4, 128),), False).split_k),))
 
     monkeypatch.setattr(tune.matmul, "launch", launch)
     monkeypatch.setattr(tune, "time_graph", time_graph)
@@ -173,7 +173,7 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
     assert (step.clock({key: BETTER}), step.clock({key: GOOD}), step.clock({key: BROKEN})) == (4.0, 2.0, inf)
     assert not any(tile.wgmma for tile in step.choices(key))
     monkeypatch.setattr(tune, "arch", lambda _: "sm_90")
-    for bits, group_size, is_wgmma in ((4, 128, True), (4, 64, False), (2, 128, False)):
+    for bits, group_size, is_wgmma in ((4, 128, True), (4, 32, True), (4, 16, False), (2, 128, False)):
         choices = step.choices(key._replace(bits=bits, group_size=group_size))
         assert {tile.wgmma for tile in choices} == {is_wgmma}
 

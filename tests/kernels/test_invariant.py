@@ -16,7 +16,7 @@ from qinfer.kernels.invariant import fixed_tile, invariant_matmul
 from qinfer.kernels.kv_codec import CODECS, KVPages
 from qinfer.kernels.matmul import matmul
 from qinfer.kernels.operand import DenseOperand, Operand
-from qinfer.kernels.tiles import FUSED_ROWS, lookup
+from qinfer.kernels.tiles import FUSED_ROWS, lookup, shapes_of
 from tests.compare import assert_close
 from tests.kernels.coded import coded
 from tests.kernels.test_attention import Case, int32, make_case
@@ -58,8 +58,9 @@ def test_a_row_has_the_same_bits_in_any_batch(kind, device):
 def test_the_tile_of_a_mixture_is_fixed_too():
     """Segments share one tile, the one that many rows would get."""
     operand = _operand("exl2-4.0", torch.device("cpu"))
-    widths = tuple(segment.bits for segment in operand.segments)
-    assert fixed_tile(operand, torch.device("cpu")) == lookup("cpu", 1, FUSED_ROWS, N, K, widths, 128, False)
+    shapes = shapes_of(operand.segments)
+    assert [shape.bits for shape in shapes] == [segment.bits for segment in operand.segments]
+    assert fixed_tile(operand, torch.device("cpu")) == lookup("cpu", 1, FUSED_ROWS, N, shapes, False)
 
 
 @pytest.mark.kernel

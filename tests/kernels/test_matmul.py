@@ -22,9 +22,9 @@ from qinfer.kernels.tiles import (
     FUSED_ROWS,
     LEAN_BITS,
     LEAN_REGISTERS,
-    LEAN_ROWS,
     TABLES,
     Product,
+    SegmentShape,
     Tile,
     bucket,
     lean_rule,
@@ -405,14 +405,19 @@ def test_buckets_hold_their_members(m: int) -> None:
 
 
 def test_unknown_gpus_use_the_rule() -> None:
-    assert lookup("gfx000", 100, 1, 4096, 4096, (4,), 128, False) == rule(100, 1, 4096, 4096, (4,), max_rows=32)
-    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 128, False) == lean_rule(100, 4096, 4096, 4)
-    assert lookup("sm_00", 100, 1, 4096, 4096, (4,), 16, False) == rule(100, 1, 4096, 4096, (4,), max_rows=32)
-    assert lookup("sm_00", 100, 9, 4096, 4096, (4,), 128, False) == rule(100, 9, 4096, 4096, (4,), max_rows=32)
-    assert lookup("sm_00", 100, 1, 4096, 4096, (5,), 128, False) == rule(100, 1, 4096, 4096, (5,), max_rows=32)
-    assert lookup("sm_00", 100, 1, 4096, 4096, (5, 4), 128, False) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
+    def found(arch: str, m: int, *shapes: tuple[int, int]) -> Tile | None:
+        segments = tuple(SegmentShape(4096 // len(shapes), bits, group_size) for bits, group_size in shapes)
+        return lookup(arch, 100, m, 4096, segments, False)
+
+    assert found("gfx000", 1, (4, 128)) == rule(100, 1, 4096, 4096, (4,), max_rows=32)
+    assert found("sm_00", 1, (4, 128)) == found("sm_00", 1, (4, 128), (4, 128)) == lean_rule(100, 4096, 4096, 4)
+    assert found("sm_00", 1, (4, 16)) == rule(100, 1, 4096, 4096, (4,), max_rows=32)
+    assert found("sm_00", 9, (4, 128)) == rule(100, 9, 4096, 4096, (4,), max_rows=32)
+    assert found("sm_00", 1, (5, 128)) == rule(100, 1, 4096, 4096, (5,), max_rows=32)
+    assert found("sm_00", 1, (5, 128), (4, 128)) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
     for m, widths in ((1, (5, 4)), (1, (6, 4)), (16, (6, 4))):
-        assert lookup("sm_90", 132, m, 4096, 4096, widths, 32, False) == mixed_rule(132, m, 4096, 4096, widths)
+        shapes = [(bits, 16) for bits in widths]
+        assert found("sm_90", m, *shapes) == mixed_rule(100, m, 4096, 4096, widths)
 
 
 def test_registers_are_limited_where_many_programs_share_a_multiprocessor() -> None:
@@ -428,12 +433,10 @@ def test_rows_of_a_table_are_found_by_all_that_they_depend_on(path: Path) -> Non
     for row in json.loads(path.read_text())["rows"]:
         tile = Tile(**{field.name: row[field.name] for field in fields(Tile) if field.name in row})
         bits, group_size, m, n, k = (row[name] for name in ("bits", "group_size", "m_max", "n", "k"))
-        assert lookup(path.stem, 132, m, n, k, (bits,), group_size, False) == tile
+        assert lookup(path.stem, 132, m, n, (SegmentShape(k, bits, group_size),), False) == tile
         other = rule(132, m, n, k, (bits,)) if m <= FUSED_ROWS else None
-        if m <= LEAN_ROWS and bits in LEAN_BITS:
-            other = lean_rule(132, n, k, bits)
         if other is None and m <= 256:
             other = wide_rule(132, m, n, k, (bits,), is_lean=False)
-        assert lookup(path.stem, 132, m, n, k, (bits,), 32, False) == other, "another group size"
+        assert lookup(path.stem, 132, m, n, (SegmentShape(k, bits, 16),), False) == other, "another group size"
         assert bucket(m) == m
         assert tile.split_k <= -(-k // step_k(bits)), "a program without work"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +25,10 @@ from qinfer.kernels.tiles import (
     LEAN_ROWS,
     TABLES,
     WGMMA,
-    Product,
+    SegmentShape,
     Tile,
     has_wgmma_tile,
     lookup,
-    trial,
     wgmma_fits,
     wgmma_rule,
 )
@@ -72,7 +73,7 @@ def hopper(device: torch.device) -> torch.device:
 def test_every_tile_gives_the_product(
     hopper: torch.device, tile: Tile, bits: int, dtype: torch.dtype, symmetric: bool
 ) -> None:
-    for k, n, group_size in ((640, 272, 128), (512, 128, 256), (2048, 16, 2048)):
+    for k, n, group_size in ((640, 272, 128), (512, 128, 256), (2048, 16, 2048), (640, 272, 32), (384, 144, 64)):
         operand = plane_operand(k, n, bits=bits, group_size=group_size, symmetric=symmetric, device=hopper)
         for m in (1, tile.block_m - 3, tile.block_m + 3):
             x, bias = random_tensor(m, k, seed=m, dtype=dtype).to(hopper), random_tensor(n, seed=k).to(hopper)
@@ -90,9 +91,11 @@ def test_every_tile_gives_the_product(
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", FIELDS)
-@pytest.mark.parametrize("late", [False, True])
-def test_each_weight_is_that_of_dequantize(hopper: torch.device, bits: int, dtype: torch.dtype, late: bool) -> None:
-    operand = plane_operand(384, 80, bits=bits, group_size=128, device=hopper, scale_dtype=dtype)
+@pytest.mark.parametrize(("late", "group_size"), [(False, 128), (True, 128), (False, 64), (False, 32)])
+def test_each_weight_is_that_of_dequantize(
+    hopper: torch.device, bits: int, dtype: torch.dtype, late: bool, group_size: int
+) -> None:
+    operand = plane_operand(384, 80, bits=bits, group_size=group_size, device=hopper, scale_dtype=dtype)
     # One feature per row of x, so a product is one weight, and no sum hides how it was rounded.
     weights = matmul(
         torch.eye(384, dtype=dtype, device=hopper), operand, tile=Tile(64, 128, 1, 4, 3, wgmma=True, late=late)
@@ -117,8 +120,9 @@ def test_x_and_the_result_may_be_parts_of_wider_tensors(hopper: torch.device) ->
 @pytest.mark.kernel
 @pytest.mark.parametrize("m", [1, 4, 8, 9, 16, 17, 33, FUSED_ROWS])
 def test_it_is_the_route_of_these_rows(hopper: torch.device, m: int) -> None:
-    for bits, symmetric in ((4, True), (4, False), (8, True), (3, False), (6, True)):
-        operand = plane_operand(1024, 400, bits=bits, symmetric=symmetric, device=hopper)
+    kinds = ((4, True, 128), (4, False, 128), (8, True, 128), (3, False, 64), (6, True, 32))
+    for bits, symmetric, group_size in kinds:
+        operand = plane_operand(1024, 400, bits=bits, group_size=group_size, symmetric=symmetric, device=hopper)
         tile = module.tile_of((operand,), hopper, m)
         assert tile is not None
         assert tile.wgmma
@@ -132,8 +136,9 @@ def test_it_is_the_route_of_these_rows(hopper: torch.device, m: int) -> None:
 @pytest.mark.parametrize("m", [1, 16, 40, FUSED_ROWS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments_of_several_widths_are_one_product(hopper: torch.device, m: int, dtype: torch.dtype) -> None:
-    for sizes in ([(6, 128), (4, 896)], [(5, 384), (4, 128), (3, 640)], [(8, 256), (2, 128)]):
-        operand = segmented_operand(sizes, 400, group_size=128, device=hopper)
+    mixtures = ([(6, 128), (4, 896)], [(5, 384), (4, 128), (3, 640)], [(8, 256), (2, 128)])
+    for sizes, group_size in itertools.product(mixtures, (128, 64, 32)):
+        operand = segmented_operand(sizes, 400, group_size=group_size, device=hopper)
         x = random_tensor(m, operand.in_features, seed=m, dtype=dtype).to(hopper)
         own = module.tile_of(operand.segments, hopper, m)
         assert own is not None
@@ -150,35 +155,46 @@ def test_segments_of_several_widths_are_one_product(hopper: torch.device, m: int
 @given(
     m=st.integers(1, FUSED_ROWS),
     n=st.integers(1, 4096).map(lambda n: 8 * n),
-    k=st.integers(1, 512).map(lambda k: 32 * k),
-    widths=st.lists(st.sampled_from(list(FIELDS)), min_size=1, max_size=3).map(tuple),
-    group_size=st.sampled_from([16, 32, 64, 128, 256, 1024]),
+    segments=st.lists(
+        st.builds(
+            SegmentShape,
+            k=st.integers(1, 512).map(lambda k: 32 * k) | st.integers(1, 128).map(lambda k: 128 * k),
+            bits=st.sampled_from(list(FIELDS)),
+            group_size=st.sampled_from([16, 32, 48, 64, 96, 128, 192, 256, 1024]),
+        ),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
     has_offsets=st.booleans(),
 )
 def test_the_tables_ask_for_it_only_where_it_fits(
-    m: int, n: int, k: int, widths: tuple[int, ...], group_size: int, has_offsets: bool
+    m: int, n: int, segments: tuple[SegmentShape, ...], has_offsets: bool
 ) -> None:
-    fits = wgmma_fits(n, k, group_size)
-    assert fits == (k % 128 == n % 16 == group_size % 128 == 0)
-    tile = lookup("sm_90", 132, m, n, k, widths, group_size, has_offsets)
+    fits = wgmma_fits(n, segments)
+    of_groups = all(128 % one.group_size == 0 or one.group_size % 128 == 0 for one in segments)
+    assert fits == (
+        n % 16 == 0 and of_groups and all(one.k % 128 == 0 and one.group_size % 32 == 0 for one in segments)
+    )
+    tile = lookup("sm_90", 132, m, n, segments, has_offsets)
     assert tile is not None
     # The few bits of one row are faster where they are taken as the subnormal numbers that they are.
-    assert (
-        tile.wgmma
-        == (fits and (m > LEAN_ROWS or widths != (2,)))
-        == has_wgmma_tile("sm_90", m, n, k, widths, group_size)
-    )
-    elsewhere = lookup("sm_80", 108, m, n, k, widths, group_size, has_offsets)
+    is_faster = m > LEAN_ROWS or [one.bits for one in segments] != [2]
+    assert tile.wgmma == (fits and is_faster) == has_wgmma_tile("sm_90", m, n, segments)
+    elsewhere = lookup("sm_80", 108, m, n, segments, has_offsets)
     assert elsewhere is not None
     assert not elsewhere.wgmma
     if tile.wgmma:
         assert tile.block_m >= m
-        assert not (tile.late and has_offsets)
 
 
 @pytest.mark.parametrize(
     ("sizes", "group_size", "fits"),
-    [([(6, 128), (4, 256)], 128, True), ([(6, 96), (4, 160)], 32, False), ([(6, 64), (4, 192)], 64, False)],
+    [
+        ([(6, 128), (4, 256)], 128, True),
+        ([(6, 128), (4, 256)], 32, True),
+        ([(6, 96), (4, 160)], 32, False),
+        ([(6, 64), (4, 192)], 64, False),
+    ],
 )
 def test_every_segment_has_to_fit(
     monkeypatch: pytest.MonkeyPatch, sizes: list[tuple[int, int]], group_size: int, fits: bool
@@ -189,29 +205,65 @@ def test_every_segment_has_to_fit(
     assert tile.wgmma == fits
 
 
-def test_sums_are_not_added_late_where_there_are_offsets() -> None:
-    shape = Product(4, 128, 64, 4096, 4096)
-    with trial("sm_90", {shape: Tile(64, 64, 4, 4, 3, wgmma=True, late=True)}):
-        for m, has_offsets in ((64, False), (64, True), (16, False), (16, True)):
-            tile = lookup("sm_90", 132, m, 4096, 4096, (4,), 128, has_offsets)
-            assert tile is not None
-            assert (tile.wgmma, tile.late) == (True, not has_offsets)
-            assert tile.block_n == (64 if m == 64 else 128)
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "late"), [(128, True, True), (128, False, False), (64, True, False), (32, True, False)]
+)
+def test_sums_are_added_late_only_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, group_size: int, symmetric: bool, late: bool
+) -> None:
+    launched = {}
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda *args, **constants: launched.update(constants)
+
+    monkeypatch.setattr(wgmma, "_wgmma_kernel", Kernel())
+    operand, tile = plane_operand(256, 16, group_size=group_size, symmetric=symmetric), Tile(16, 64, 1, 4, 3, late=True)
+    wgmma.launch_wgmma(torch.zeros(1, 256).half(), [operand], [1], None, torch.empty(1, 1, 16), tile)
+    assert launched["LATE"] == late
+    assert launched["SEGMENTS"] == ((4, group_size, not symmetric),)
 
 
 def test_programs_are_as_many_as_run_at_once() -> None:
     for n, k in ((4096, 4096), (6144, 4096), (8192, 28672), (28672, 4096), (128256, 4096)):
         for m in (1, 8, 16, 32, 64):
-            tile = wgmma_rule(132, m, n, k, (4,), has_offsets=False)
+            tile = wgmma_rule(132, m, n, [SegmentShape(k, 4, 128)])
             programs = -(-n // tile.block_n) * tile.split_k
             places = (2 if tile.block_m * tile.block_n == 64 * 128 else 3) * 132
             assert programs <= places or tile.split_k == 1
             assert tile.split_k * 512 <= k
             assert tile.block_n == (64 if m > 16 and n <= 6144 else 128)
-            assert not wgmma_rule(132, m, n, k, (4,), has_offsets=True).late
-            six = wgmma_rule(132, m, n, k, (6,), has_offsets=False)
+            six = wgmma_rule(132, m, n, [SegmentShape(k, 6, 128)])
             assert not (six.late and (m <= 8 or six.block_m * six.block_n == 64 * 128))
             assert six.split_k == (2 if m <= 16 and n == 128256 else tile.split_k)
+            small = wgmma_rule(132, m, n, [SegmentShape(k // 2, 4, 128), SegmentShape(k // 2, 4, 32)])
+            assert (small.block_m, small.stages) == (tile.block_m, 3)
+            assert small.block_m * small.block_n < 64 * 128, "it would spill"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "group_size", "block_n", "split_k"),
+    [
+        (1, 28672, 64, 128, 2),
+        (1, 57344, 32, 128, 1),
+        (16, 28672, 32, 128, 1),
+        (16, 57344, 32, 128, 2),
+        (32, 57344, 64, 128, 2),
+        (32, 57344, 32, 128, 1),
+        (32, 8192, 64, 128, 6),
+        (32, 8192, 32, 128, 4),
+        (64, 57344, 64, 128, 1),
+        (64, 57344, 32, 64, 1),
+        (64, 4096, 64, 64, 6),
+    ],
+)
+def test_groups_smaller_than_a_step_have_tiles_that_fit_the_registers(
+    m: int, n: int, group_size: int, block_n: int, split_k: int
+) -> None:
+    tile = wgmma_rule(132, m, n, [SegmentShape(8192, 4, group_size)])
+    assert (tile.block_n, tile.split_k) == (block_n, split_k)
+    six = wgmma_rule(132, m, n, [SegmentShape(8192, 6, group_size)])
+    assert six.block_n == (block_n if m < 64 else 64)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +280,7 @@ def test_programs_are_as_many_as_run_at_once() -> None:
     ],
 )
 def test_sums_are_added_late_where_no_program_has_to_wait_for_that(m: int, n: int, late: bool) -> None:
-    assert wgmma_rule(132, m, n, 4096, (4,), has_offsets=False).late == late
+    assert wgmma_rule(132, m, n, [SegmentShape(4096, 4, 128)]).late == late
 
 
 def test_rows_of_the_table_fit_and_say_what_the_rule_does_not() -> None:
@@ -236,12 +288,13 @@ def test_rows_of_the_table_fit_and_say_what_the_rule_does_not() -> None:
     assert rows
     for row in rows:
         m, n, k = row["m_max"], row["n"], row["k"]
-        tile = lookup("sm_90", 132, m, n, k, (row["bits"],), row["group_size"], False)
+        segments = (SegmentShape(k, row["bits"], row["group_size"]),)
+        tile = lookup("sm_90", 132, m, n, segments, False)
         assert tile is not None
         assert (tile.wgmma, tile.late, tile.split_k) == (True, row["late"], row["split_k"])
         assert m <= tile.block_m <= FUSED_ROWS
-        assert wgmma_fits(n, k, row["group_size"])
-        assert tile != wgmma_rule(132, m, n, k, (row["bits"],), has_offsets=False)
+        assert wgmma_fits(n, segments)
+        assert tile != wgmma_rule(132, m, n, segments)
 
 
 def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +304,12 @@ def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(wgmma, "arch", lambda _: "sm_90")
     assert matmul(x, operand, tile=tile).shape == (1, 16)
     for wrong in (
-        plane_operand(256, 16, group_size=64),
+        plane_operand(256, 16, group_size=16),
+        plane_operand(384, 16, group_size=96),
         plane_operand(256, 24),
         plane_operand(192, 16, group_size=128),
-        segmented_operand([(4, 128), (2, 128)], 16),
+        segmented_operand([(4, 128), (2, 128)], 16, group_size=16),
         segmented_operand([(4, 96), (2, 160)], 16, group_size=32),
     ):
-        with pytest.raises(UnsupportedError, match=r"of every segment multiples of 128.*wgmma=False take"):
+        with pytest.raises(UnsupportedError, match=r"K of every segment a multiple of 128.*wgmma=False take"):
             matmul(torch.zeros(1, wrong.in_features), wrong, tile=tile)
