@@ -12,11 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
-from math import ceil, floor, gcd
+from math import gcd
 from pathlib import Path
 from typing import NamedTuple
-
-import triton
 
 from qinfer.kernels.operand import FIELDS, MIN_STEP, SLICE_K, PlaneOperand, step_k, tile_k
 
@@ -44,11 +42,8 @@ SAVING: dict[str, tuple[tuple[int, ...], range, dict[int, int]]] = {
     "sm_120": ((4, 8), range(17), {2: 128, 4: 168}),
 }
 LEAN_REGISTERS = 80  # the same for twelve programs of two warps and 64 columns, with 4 bits
-# And with several widths, by warps: what eight programs of two warps may have, and two of four. Said to ptxas of
-# Triton 3.6, it takes spills away; said to that of 3.9, it makes them.
-MIXED_REGISTERS = {2: 120, 4: 232} if triton.__version__.startswith("3.6.") else {}
-# GPUs that have tiles of their own for many rows and for mixed widths: elsewhere nobody has measured them, mixtures
-# spill, and for sm_100 Triton 3.6 makes a kernel that only traps of weights that are scaled before their product.
+# GPUs that have tiles of their own for many rows: elsewhere nobody has measured them, and for sm_100 Triton 3.6 makes a
+# kernel that only traps of weights that are scaled before their product.
 MEASURED = ("sm_90",)
 WGMMA = ("sm_90",)  # GPUs that have `wgmma`, and its kernel
 TABLES = Path(__file__).parent / "tile_tables"
@@ -142,8 +137,6 @@ def lookup(
         return wgmma_rule(num_sms, m, n, segments)
     if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and whole >= SLICE_K and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
-    if len(set(widths)) > 1 and m <= FEW_ROWS and arch in MEASURED:
-        return mixed_rule(num_sms, m, n, k, widths)
     if m <= FUSED_ROWS:
         return rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
     if arch in MEASURED and m <= 2 * wide_rows(widths):
@@ -170,9 +163,6 @@ def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
     """Return the option of a launch that sets the limit of registers, if a tile needs one."""
     if (tile.block_m, tile.block_n, tile.warps) == (LEAN_ROWS, 64, 2) and widths == (4,) and arch.startswith("sm_"):
         return {"maxnreg": LEAN_REGISTERS}
-    if tile.block_m == LEAN_ROWS and tile.warps in MIXED_REGISTERS and len(set(widths)) > 1:
-        is_long = has_long_steps(widths) and tile.warps == 2
-        return {} if is_long else {"maxnreg": MIXED_REGISTERS[tile.warps]}
     saving, rows, limits = SAVING.get(arch, ((), range(0), {}))
     is_saving = len(widths) == 1 and widths[0] in saving and tile.block_m in rows and tile.warps in limits
     return {"maxnreg": limits[tile.warps]} if is_saving else {}
@@ -219,31 +209,10 @@ def lean_rule(num_sms: int, n: int, k: int, bits: int) -> Tile:
     return Tile(LEAN_ROWS, block_n, split_k, 2, 3 if shared_bytes(bits, LEAN_ROWS, block_n, 3) <= LEAN_BYTES else 2)
 
 
-def mixed_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...]) -> Tile:
-    """Return a reasonable tile for up to FEW_ROWS rows and segments of several widths.
-
-    One launch has the registers and the shared memory of its longest step. Without long ones, and where there are so
-    many outputs that K hardly needs to be cut, many small programs do best, as for one width. Otherwise programs are
-    few and large, with segments of short steps deep in flight (`matmul.py`): three for two multiprocessors, but with
-    16 rows and so few outputs that K has to be cut anyway, seven.
-    """
-    rows, programs = LEAN_ROWS if m <= LEAN_ROWS else FEW_ROWS, -(-n // 128)
-    if m <= LEAN_ROWS and (not has_long_steps(widths) or programs >= num_sms):
-        programs = -(-n // 64)
-        # About one wave of eight programs to a multiprocessor that is not full, or half a one behind a full one.
-        split_k = ceil(12 * num_sms / programs) if programs > 4 * num_sms else round(6 * num_sms / programs)
-        return Tile(rows, 64, max(1, min(split_k, k // LEAN_PART, 16)), 2, 2)
-    half_places = 7 if rows == FEW_ROWS and programs < num_sms else 3
-    wanted = half_places * num_sms / (2 * programs)
-    # With 8 rows rather a few more than a tenth less: some multiprocessors would have twice the work of the others.
-    split_k = floor(wanted) if rows == FEW_ROWS else ceil(0.9 * wanted)
-    return Tile(rows, 128, max(1, min(split_k, k // MIN_PART, 16)), 4, 2)
-
-
 def wgmma_fits(n: int, segments: Sequence[SegmentShape]) -> bool:
-    """Return whether the kernel of `wgmma.py` takes a matrix: whole steps, of which groups are parts or multiples."""
+    """Return whether the kernel of `wgmma.py` takes a matrix: aligned rows, groups that are steps or cut them."""
     return n % 16 == 0 and all(
-        k % MIN_STEP == 0 and (group_size in (SLICE_K, 2 * SLICE_K) or group_size % MIN_STEP == 0)
+        k % SLICE_K == 0 and (group_size in (SLICE_K, 2 * SLICE_K) or group_size % MIN_STEP == 0 or group_size >= k)
         for k, _, group_size in segments
     )
 

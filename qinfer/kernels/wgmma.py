@@ -15,8 +15,9 @@ which is fetched once and shifted to the slices of the step. The rings of tiles,
 of their own, and so is each half of x: Triton keeps accesses to one allocation in order by barriers, whatever part of
 it they touch.
 
-Limits, which `check_wgmma` and the launcher see to: sm_90; K of every segment a multiple of 128, its group size one,
-or 32 or 64; N a multiple of 16; x in 16 bits. Interpreters do not know Gluon; GPU tests hold it against the reference.
+Limits, which `check_wgmma` and the launcher see to: sm_90; K of every segment a multiple of 32, its group size 32, 64,
+a multiple of 128 or K; N a multiple of 16; x in 16 bits. Interpreters do not know Gluon; GPU tests hold it against the
+reference.
 """
 
 from __future__ import annotations
@@ -116,10 +117,16 @@ def _load_tile(s_plane, slot, i_step, WIDTH: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _fetch_lines(s_lines, p_lines, m_lines, slot, i_step, last, N64, group_size, GROUP: gl.constexpr):
-    """Send the scales or offsets of a step's groups on their way."""
+def _fetch_lines(
+    s_lines, p_lines, m_lines, k_lines, slot, i_step, last, N64, K, group_size,
+    GROUP: gl.constexpr, EVEN_K: gl.constexpr,
+):  # fmt: skip
+    """Send the scales or offsets of a step's groups on their way; k_lines: where in the step their groups begin."""
     first = (i_step * 128 // (group_size if GROUP == 0 else GROUP)) * N64
-    copy_to_shared(s_lines.index(slot), p_lines + first, mask=m_lines & (i_step < last))
+    m_lines = m_lines & (i_step < last)
+    if not EVEN_K:
+        m_lines = m_lines & (i_step * 128 + k_lines < K)
+    copy_to_shared(s_lines.index(slot), p_lines + first, mask=m_lines)
 
 
 @gluon.jit
@@ -140,25 +147,32 @@ def _load_line(s_lines, slot, LINE: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT:
 
 @gluon.jit
 def _fetch_weights(
-    rings, pointers, masks, slot, i_step, first, last, step_words, N64, group_size,
-    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, STAGES: gl.constexpr,
+    rings, pointers, masks, slot, i_step, first, last, step_words, N64, K, group_size,
+    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, EVEN_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Send the words, scales and offsets of a step on their way."""
     HIGH: gl.constexpr = _width(BITS, 0)
     LOW: gl.constexpr = _width(BITS, 1)
     _fetch_tile(rings[0], pointers[0], masks[0], slot, i_step, first, last, step_words, N64, HIGH, STAGES)
     if LOW > 0:
-        _fetch_tile(rings[1], pointers[1], masks[0], slot, i_step, first, last, step_words, N64, LOW, STAGES)
-    _fetch_lines(rings[2], pointers[2], masks[1], slot, i_step, last, N64, group_size, GROUP)
+        m_words = masks[0]
+        if BITS == 8 and not EVEN_K:
+            m_words = m_words & (i_step * 128 + 64 < K)  # half a step has no second tile
+        _fetch_tile(rings[1], pointers[1], m_words, slot, i_step, first, last, step_words, N64, LOW, STAGES)
+    _fetch_lines(rings[2], pointers[2], masks[1], masks[2], slot, i_step, last, N64, K, group_size, GROUP, EVEN_K)
     if HAS_OFFSETS:
-        _fetch_lines(rings[3], pointers[3], masks[2], slot, i_step, last, N64, group_size, GROUP)
+        _fetch_lines(rings[3], pointers[3], masks[3], masks[4], slot, i_step, last, N64, K, group_size, GROUP, EVEN_K)
 
 
 @gluon.jit
-def _fetch_x(s_x0, s_x1, p_x, m_x, slot, i_step, last):
-    """Send both halves of a step's x on their way."""
-    copy_to_shared(s_x0.index(slot), p_x + i_step * 128, mask=m_x & (i_step < last))
-    copy_to_shared(s_x1.index(slot), p_x + (i_step * 128 + 64), mask=m_x & (i_step < last))
+def _fetch_x(s_x0, s_x1, p_x, m_x, k_x, slot, i_step, last, K, EVEN_K: gl.constexpr):
+    """Send both halves of a step's x on their way; what is behind the end of the segment is 0."""
+    m_0 = m_x & (i_step < last)
+    m_1 = m_0
+    if not EVEN_K:
+        m_0, m_1 = m_0 & (i_step * 128 + k_x < K), m_1 & (i_step * 128 + 64 + k_x < K)
+    copy_to_shared(s_x0.index(slot), p_x + i_step * 128, mask=m_0)
+    copy_to_shared(s_x1.index(slot), p_x + (i_step * 128 + 64), mask=m_1)
 
 
 @gluon.jit
@@ -222,9 +236,9 @@ def _next(slot, NUM_SLOTS: gl.constexpr):
 
 @gluon.jit
 def _accumulate_steps(
-    b_acc, p_x, p_high, p_low, p_scales, p_offsets, first, last, first_n, first_m, M, N, x_stride, group_size,
-    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, EVEN_N: gl.constexpr, LATE: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    b_acc, p_x, p_high, p_low, p_scales, p_offsets, first, last, first_n, first_m, M, N, K, x_stride, group_size,
+    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, EVEN_K: gl.constexpr, EVEN_N: gl.constexpr,
+    LATE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """Add the product of the steps from first to last of one segment to b_acc [BLOCK_N, BLOCK_M] fp32."""
@@ -275,23 +289,24 @@ def _accumulate_steps(
     p_scales = p_scales + (first_n + o_scales + line_scales * N64)
     p_offsets = p_offsets + (first_n + o_offsets + line_offsets * N64)
     rings, pointers = (s_high, s_low, s_scales, s_offsets), (p_high, p_low, p_scales, p_offsets)
-    masks = (m_words, m_scales, m_offsets)
+    masks = (m_words, m_scales, line_scales * GROUP, m_offsets, line_offsets * GROUP)
     o_x = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))
-    m_x = (o_x < M)[:, None]
-    p_x += o_x.to(gl.int64)[:, None] * x_stride + gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
+    m_x, o_k = (o_x < M)[:, None], gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
+    k_x = o_k // 8 * 8  # of a copy of 8 elements
+    p_x += o_x.to(gl.int64)[:, None] * x_stride + o_k
 
     per_step = N64 * (64 if BITS == 8 else 32)  # words, where steps share no tile
     step_words = first * per_step
     for i in gl.static_range(STAGES - 1):
         _fetch_weights(
-            rings, pointers, masks, i, first + i, first, last, step_words, N64, group_size,
-            BITS, GROUP, HAS_OFFSETS, STAGES,
+            rings, pointers, masks, i, first + i, first, last, step_words, N64, K, group_size,
+            BITS, GROUP, HAS_OFFSETS, EVEN_K, STAGES,
         )  # fmt: skip
         async_copy.commit_group()
         step_words += per_step
     wait_for_inputs(OVERLAP)
     for i in gl.static_range(STAGES - 1):
-        _fetch_x(s_x0, s_x1, p_x, m_x, i, first + i, last)
+        _fetch_x(s_x0, s_x1, p_x, m_x, k_x, i, first + i, last, K, EVEN_K)
         async_copy.commit_group()
 
     b_sum = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
@@ -303,10 +318,10 @@ def _accumulate_steps(
         fence_async_shared()
         i_free = i_step + (STAGES - 1)
         _fetch_weights(
-            rings, pointers, masks, free_slot, i_free, first, last, step_words, N64, group_size,
-            BITS, GROUP, HAS_OFFSETS, STAGES,
+            rings, pointers, masks, free_slot, i_free, first, last, step_words, N64, K, group_size,
+            BITS, GROUP, HAS_OFFSETS, EVEN_K, STAGES,
         )  # fmt: skip
-        _fetch_x(s_x0, s_x1, p_x, m_x, free_x_slot, i_free, last)
+        _fetch_x(s_x0, s_x1, p_x, m_x, k_x, free_x_slot, i_free, last, K, EVEN_K)
         async_copy.commit_group()
         b_words = _load_words(rings, slot, i_step, BITS, STAGES, WEIGHTS)
         if NUM_LINES > 1:
@@ -365,9 +380,9 @@ def _wgmma_kernel(
             last = first + part_steps[g] + (i_part < long_parts[g]).to(gl.int32)
             b_acc = _accumulate_steps(
                 b_acc, p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
-                first, last, first_n, i_m * BLOCK_M, M, N, x_stride, group_sizes[g],
-                SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], EVEN_N, LATE, BLOCK_M, BLOCK_N, STAGES, OVERLAP,
-                num_warps,
+                first, last, first_n, i_m * BLOCK_M, M, N, first_features[g + 1] - first_features[g], x_stride,
+                group_sizes[g], SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], EVEN_N, LATE,
+                BLOCK_M, BLOCK_N, STAGES, OVERLAP, num_warps,
             )  # fmt: skip
     let_next_start(OVERLAP)
     o_n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
@@ -390,8 +405,8 @@ def check_wgmma(x: Tensor, segments: Sequence[PlaneOperand]) -> None:
         raise UnsupportedError(f"tiles with wgmma work on {', '.join(WGMMA)}, not on {arch(x.device)}")
     if not wgmma_fits(segments[0].out_features, shapes_of(segments)):
         raise UnsupportedError(
-            "tiles with wgmma want N a multiple of 16, K of every segment a multiple of 128, and its group size one, "
-            "or 32 or 64; tiles with wgmma=False take every matrix"
+            "tiles with wgmma want N a multiple of 16, K of every segment a multiple of 32, and its group size 32, 64, "
+            "a multiple of 128 or K; tiles with wgmma=False take every matrix"
         )
 
 
@@ -411,7 +426,7 @@ def launch_wgmma(
     parts, m, n = y.shape
     if x.stride(0) % ALIGNED or x.data_ptr() % (2 * ALIGNED):
         x = x.clone(memory_format=torch.contiguous_format)  # copies of 16 bytes want whole ones
-    steps = [divmod(segment.in_features // MIN_STEP, split) for segment, split in zip(segments, splits, strict=True)]
+    steps = [divmod(triton.cdiv(s.in_features, MIN_STEP), split) for s, split in zip(segments, splits, strict=True)]
     # Of offsets that have to be taken from the codes, ptxas would wait for every single `wgmma`.
     is_late = tile.late and all(s.offsets is None and s.group_size % MIN_STEP == 0 for s in segments)
     _wgmma_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](
@@ -420,7 +435,10 @@ def launch_wgmma(
         bias, y, m, n, x.stride(0), y.stride(1),
         tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
         *zip(*steps, strict=True), tuple(s.group_size for s in segments),
-        SEGMENTS=tuple((s.bits, constant_group(s.group_size), s.offsets is not None) for s in segments),
+        SEGMENTS=tuple(
+            (s.bits, constant_group(s.group_size), s.offsets is not None, s.in_features % MIN_STEP == 0)
+            for s in segments
+        ),
         IS_WHOLE=parts < len(segments) or len(segments) == 1, HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0,
         LATE=is_late, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
         **overlap(x),

@@ -29,7 +29,6 @@ from qinfer.kernels.tiles import (
     bucket,
     lean_rule,
     lookup,
-    mixed_rule,
     registers,
     rule,
     shared_bytes,
@@ -375,7 +374,7 @@ def test_the_rule_gives_a_legal_tile_for_every_shape(
     widths=st.lists(st.sampled_from(list(FIELDS)), min_size=1).map(tuple),
     is_lean=st.booleans(),
 )
-def test_the_rules_for_many_rows_and_mixed_widths_give_legal_tiles(
+def test_the_rule_for_many_rows_gives_legal_tiles(
     m: int, n: int, k: int, num_sms: int, widths: tuple[int, ...], is_lean: bool
 ) -> None:
     tile = wide_rule(num_sms, m, n, k, widths, is_lean=is_lean)
@@ -383,9 +382,8 @@ def test_the_rules_for_many_rows_and_mixed_widths_give_legal_tiles(
     assert tile.scaled
     assert tile.split_k == 1 or programs * tile.split_k <= num_sms
     assert max(shared_bytes(bits, tile.block_m, tile.block_n, tile.stages) for bits in widths) <= 200 << 10
-    for found in (tile, mixed_rule(num_sms, m % 16 + 1, n, k, widths)):
-        assert found.block_m * found.block_n // found.warps <= 128 * 32, "sums of a thread"
-        assert 1 <= found.split_k <= max(1, -(-k // 128))
+    assert tile.block_m * tile.block_n // tile.warps <= 128 * 32, "sums of a thread"
+    assert 1 <= tile.split_k <= max(1, -(-k // 128))
 
 
 @given(
@@ -415,9 +413,7 @@ def test_unknown_gpus_use_the_rule() -> None:
     assert found("sm_00", 9, (4, 128)) == rule(100, 9, 4096, 4096, (4,), max_rows=32)
     assert found("sm_00", 1, (5, 128)) == rule(100, 1, 4096, 4096, (5,), max_rows=32)
     assert found("sm_00", 1, (5, 128), (4, 128)) == rule(100, 1, 4096, 4096, (5, 4), max_rows=32)
-    for m, widths in ((1, (5, 4)), (1, (6, 4)), (16, (6, 4))):
-        shapes = [(bits, 16) for bits in widths]
-        assert found("sm_90", m, *shapes) == mixed_rule(100, m, 4096, 4096, widths)
+    assert found("sm_90", 1, (5, 16), (4, 16)) == rule(100, 1, 4096, 4096, (5, 4))
 
 
 def test_registers_are_limited_where_many_programs_share_a_multiprocessor() -> None:

@@ -73,7 +73,8 @@ def hopper(device: torch.device) -> torch.device:
 def test_every_tile_gives_the_product(
     hopper: torch.device, tile: Tile, bits: int, dtype: torch.dtype, symmetric: bool
 ) -> None:
-    for k, n, group_size in ((640, 272, 128), (512, 128, 256), (2048, 16, 2048), (640, 272, 32), (384, 144, 64)):
+    shapes = ((640, 272, 128), (512, 128, 256), (2048, 16, 2048), (672, 272, 32), (352, 144, 64), (160, 48, 160))
+    for k, n, group_size in shapes:
         operand = plane_operand(k, n, bits=bits, group_size=group_size, symmetric=symmetric, device=hopper)
         for m in (1, tile.block_m - 3, tile.block_m + 3):
             x, bias = random_tensor(m, k, seed=m, dtype=dtype).to(hopper), random_tensor(n, seed=k).to(hopper)
@@ -95,12 +96,13 @@ def test_every_tile_gives_the_product(
 def test_each_weight_is_that_of_dequantize(
     hopper: torch.device, bits: int, dtype: torch.dtype, late: bool, group_size: int
 ) -> None:
-    operand = plane_operand(384, 80, bits=bits, group_size=group_size, device=hopper, scale_dtype=dtype)
-    # One feature per row of x, so a product is one weight, and no sum hides how it was rounded.
-    weights = matmul(
-        torch.eye(384, dtype=dtype, device=hopper), operand, tile=Tile(64, 128, 1, 4, 3, wgmma=True, late=late)
-    )
-    assert torch.equal(weights, dequantize(operand.planes[0], operand, dtype=dtype).t())
+    for k in (384, 416, 480):
+        operand = plane_operand(k, 80, bits=bits, group_size=group_size, device=hopper, scale_dtype=dtype)
+        # One feature per row of x, so a product is one weight, and no sum hides how it was rounded.
+        weights = matmul(
+            torch.eye(k, dtype=dtype, device=hopper), operand, tile=Tile(64, 128, 1, 4, 3, wgmma=True, late=late)
+        )
+        assert torch.equal(weights, dequantize(operand.planes[0], operand, dtype=dtype).t())
 
 
 @pytest.mark.gpu
@@ -136,7 +138,7 @@ def test_it_is_the_route_of_these_rows(hopper: torch.device, m: int) -> None:
 @pytest.mark.parametrize("m", [1, 16, 40, FUSED_ROWS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments_of_several_widths_are_one_product(hopper: torch.device, m: int, dtype: torch.dtype) -> None:
-    mixtures = ([(6, 128), (4, 896)], [(5, 384), (4, 128), (3, 640)], [(8, 256), (2, 128)])
+    mixtures = ([(6, 128), (4, 896)], [(5, 352), (4, 128), (3, 672)], [(8, 256), (2, 128)], [(8, 32), (6, 96), (3, 64)])
     for sizes, group_size in itertools.product(mixtures, (128, 64, 32)):
         operand = segmented_operand(sizes, 400, group_size=group_size, device=hopper)
         x = random_tensor(m, operand.in_features, seed=m, dtype=dtype).to(hopper)
@@ -158,7 +160,7 @@ def test_segments_of_several_widths_are_one_product(hopper: torch.device, m: int
     segments=st.lists(
         st.builds(
             SegmentShape,
-            k=st.integers(1, 512).map(lambda k: 32 * k) | st.integers(1, 128).map(lambda k: 128 * k),
+            k=st.integers(1, 1024).map(lambda k: 16 * k) | st.integers(1, 128).map(lambda k: 128 * k),
             bits=st.sampled_from(list(FIELDS)),
             group_size=st.sampled_from([16, 32, 48, 64, 96, 128, 192, 256, 1024]),
         ),
@@ -171,10 +173,8 @@ def test_the_tables_ask_for_it_only_where_it_fits(
     m: int, n: int, segments: tuple[SegmentShape, ...], has_offsets: bool
 ) -> None:
     fits = wgmma_fits(n, segments)
-    of_groups = all(128 % one.group_size == 0 or one.group_size % 128 == 0 for one in segments)
-    assert fits == (
-        n % 16 == 0 and of_groups and all(one.k % 128 == 0 and one.group_size % 32 == 0 for one in segments)
-    )
+    of_groups = all(one.group_size in (32, 64, 128, 256, 1024) or one.group_size >= one.k for one in segments)
+    assert fits == (n % 16 == 0 and of_groups and all(one.k % 32 == 0 for one in segments))
     tile = lookup("sm_90", 132, m, n, segments, has_offsets)
     assert tile is not None
     # The few bits of one row are faster where they are taken as the subnormal numbers that they are.
@@ -192,8 +192,10 @@ def test_the_tables_ask_for_it_only_where_it_fits(
     [
         ([(6, 128), (4, 256)], 128, True),
         ([(6, 128), (4, 256)], 32, True),
-        ([(6, 96), (4, 160)], 32, False),
-        ([(6, 64), (4, 192)], 64, False),
+        ([(6, 96), (4, 160)], 32, True),
+        ([(6, 64), (4, 192)], 64, True),
+        ([(6, 64), (4, 192)], 96, False),
+        ([(6, 64), (4, 192)], 16, False),
     ],
 )
 def test_every_segment_has_to_fit(
@@ -221,7 +223,7 @@ def test_sums_are_added_late_only_where_that_is_faster(
     operand, tile = plane_operand(256, 16, group_size=group_size, symmetric=symmetric), Tile(16, 64, 1, 4, 3, late=True)
     wgmma.launch_wgmma(torch.zeros(1, 256).half(), [operand], [1], None, torch.empty(1, 1, 16), tile)
     assert launched["LATE"] == late
-    assert launched["SEGMENTS"] == ((4, group_size, not symmetric),)
+    assert launched["SEGMENTS"] == ((4, group_size, not symmetric, True),)
 
 
 def test_programs_are_as_many_as_run_at_once() -> None:
@@ -307,9 +309,9 @@ def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         plane_operand(256, 16, group_size=16),
         plane_operand(384, 16, group_size=96),
         plane_operand(256, 24),
-        plane_operand(192, 16, group_size=128),
+        plane_operand(208, 16, group_size=128),
         segmented_operand([(4, 128), (2, 128)], 16, group_size=16),
-        segmented_operand([(4, 96), (2, 160)], 16, group_size=32),
+        segmented_operand([(4, 96), (2, 160)], 16, group_size=96),
     ):
-        with pytest.raises(UnsupportedError, match=r"K of every segment a multiple of 128.*wgmma=False take"):
+        with pytest.raises(UnsupportedError, match=r"K of every segment a multiple of 32.*wgmma=False take"):
             matmul(torch.zeros(1, wrong.in_features), wrong, tile=tile)
