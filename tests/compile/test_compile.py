@@ -11,10 +11,12 @@ import torch
 
 from qinfer.bench.cases import CASES
 from qinfer.env import settings
-from qinfer.kernels.tiles import TABLES, Tile
+from qinfer.kernels.matmul import segments_of
+from qinfer.kernels.operand import FIELDS, MIN_STEP
+from qinfer.kernels.tiles import TABLES, Tile, has_wgmma_tile, shapes_of
 from tests.compile.report import Report, compile_for
 from tests.compile.targets import KIB, TARGETS, followers
-from tests.compile.tiles import tile_cases
+from tests.compile.tiles import odd_cases, tile_cases
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
@@ -38,6 +40,16 @@ def test_every_tile_of_a_table_is_a_case() -> None:
         assert replace(tile, split_k=min(tile.split_k, 2)) in asked
     assert len({case.name for case in cases}) == len(cases)
     assert tile_cases(TARGETS["sm_80"]) == []
+
+
+def test_odd_sizes_are_cases_of_the_kernel_for_hopper() -> None:
+    cases = odd_cases(TARGETS["sm_90"])
+    assert len({case.name for case in cases}) == len(cases) == 2 * (len(FIELDS) + 1)
+    for case in cases:
+        (x, operand), _ = case.make(torch.device("cpu"), "empty")
+        assert has_wgmma_tile("sm_90", x.shape[0], operand.out_features, shapes_of(segments_of(operand)))
+        assert all(segment.in_features % MIN_STEP for segment in segments_of(operand))
+    assert odd_cases(TARGETS["sm_80"]) == []
 
 
 def _report(target: str, **changes: Any) -> Report:

@@ -1,19 +1,22 @@
-"""The rows of a GPU's tile table as cases, for most of them belong to matrices that no other case has."""
+"""What one GPU alone compiles, as cases: the rows of its tile table, and matrices of odd sizes for its own kernel."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 
 from qinfer.bench.case import Arguments, Case
 from qinfer.bench.maker import Fill, Maker
 from qinfer.bench.shapes import HALVES, Matrix, Stored
-from qinfer.kernels.tiles import Tile, _table
+from qinfer.kernels.operand import FIELDS, SegmentedOperand
+from qinfer.kernels.tiles import WGMMA, Tile, _table
 from tests.compile.targets import Target
 
 MATRIX = Matrix("table", 4096, 2048)  # what it is besides even, no kernel knows
+ODD_K = 4096 + 32  # features that are slices, but no whole steps
 
 
 def tile_cases(target: Target) -> list[Case]:
@@ -29,6 +32,17 @@ def tile_cases(target: Target) -> list[Case]:
     ]
 
 
+def odd_cases(target: Target) -> list[Case]:
+    """Return cases of `wgmma.py` that no model of the others has: each width with half a step, and a mixture of two."""
+    if target.name not in WGMMA:
+        return []
+    kinds = [*((bits,) for bits in FIELDS), (6, 4)]
+    return [
+        Case("matmul", f"odd {widths} bits M={m} g{size}", partial(_odd, widths, m, size))
+        for widths, (m, size) in product(kinds, ((16, 32), (64, 128)))
+    ]
+
+
 def once_cut(tile: Tile) -> Tile:
     """Return the tile with at most two parts of K."""
     return replace(tile, split_k=min(tile.split_k, 2))
@@ -38,3 +52,11 @@ def _arguments(stored: Stored, tile: Tile, half: str, device: torch.device, fill
     m = Maker(device, fill)
     x = m.normal(tile.block_m, MATRIX.k, dtype=HALVES[half])
     return (x, m.planes(MATRIX, stored, HALVES[half])), {"tile": tile}
+
+
+def _odd(widths: tuple[int, ...], rows: int, group_size: int, device: torch.device, fill: Fill) -> Arguments:
+    m = Maker(device, fill)
+    stored = [Stored("", bits=bits, group_size=group_size, sym=bits != 8) for bits in widths]
+    planes = [m.planes(replace(MATRIX, k=ODD_K), one, torch.float16) for one in stored]
+    operand = planes[0] if len(planes) == 1 else SegmentedOperand(tuple(planes))
+    return (m.normal(rows, ODD_K * len(planes), dtype=torch.float16), operand), {}
