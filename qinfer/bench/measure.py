@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ READ_BYTES = 4 << 30  # far beyond any cache
 READ_BYTES_CPU = 256 << 20
 PRODUCT_SIZE = 8192
 GRAPH_MS = 2.0  # of a graph at least, whose start and end, some microseconds, are then none of its functions'
-WARM_MS = 20.0  # between two looks at whether times stand still
-MAX_WARM = 50  # looks
-STILL = 0.01  # by how much times may still fall from look to look
+BURST = 4  # replays in a row; an H200 keeps its clock for 50 ms of the heaviest load (benchmarks/LOG.md)
+PAUSE_MS = 10.0  # behind a burst, at least
+MAX_BURSTS = 50  # until times stand still
+STILL = 0.01  # by how much they may still fall from burst to burst
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ def time_calls(function: Callable[[], Any], device: torch.device, *, repeats: in
 def time_graph(functions: Sequence[Callable[[], Any]], device: torch.device, *, repeats: int = 20) -> Times:
     """Time a chain of kernels replayed as one CUDA graph, in milliseconds per function.
 
-    The graph holds the chain as often as takes GRAPH_MS, and is replayed until its times stand still. The functions
-    should touch different buffers, together larger than the cache, so that none is measured from it.
+    The graph holds the chain as often as takes GRAPH_MS, and is replayed in bursts with pauses between them: under a
+    load that does not end, a GPU lowers its clock to keep to its power. The functions should touch different buffers,
+    together larger than the cache, so that none is measured from it.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -83,10 +86,11 @@ def time_graph(functions: Sequence[Callable[[], Any]], device: torch.device, *, 
             function()
     torch.cuda.current_stream(device).wait_stream(stream)
     turns, replay = 1, _captured(functions)
-    while (taken := settled(replay)) < GRAPH_MS:  # of a first short graph most is its start, so a second may be short
+    while (taken := settled(partial(burst, replay))) < GRAPH_MS:  # a first short graph is hardly more than its start
         turns *= ceil(GRAPH_MS / taken)
         replay = _captured([*functions] * turns)
-    return Times(tuple(replay() / (turns * len(functions)) for _ in range(repeats)))
+    samples = [taken for _ in range(ceil(repeats / BURST)) for taken in burst(replay)]
+    return Times(tuple(taken / (turns * len(functions)) for taken in samples))
 
 
 def _captured(functions: Sequence[Callable[[], Any]]) -> Callable[[], float]:
@@ -107,20 +111,23 @@ def _captured(functions: Sequence[Callable[[], Any]]) -> Callable[[], float]:
     return replay
 
 
-def settled(run: Callable[[], float]) -> float:
-    """Call what returns its own milliseconds until they no longer fall; return the last mean.
+def burst(replay: Callable[[], float]) -> list[float]:
+    """Replay a graph once unseen and BURST times seen, then pause for as long; return the milliseconds of each."""
+    start = time.perf_counter()
+    replay()
+    taken = [replay() for _ in range(BURST)]
+    time.sleep(max(PAUSE_MS / 1e3, time.perf_counter() - start))
+    return taken
 
-    A GPU that has been idle is slower at first, for a while that depends on how long it was.
-    """
+
+def settled(run: Callable[[], list[float]]) -> float:
+    """Run bursts until their times no longer fall, as those of a GPU do that was idle; return the last median."""
     before = inf
-    for _ in range(MAX_WARM):
-        taken: list[float] = []
-        while sum(taken) < WARM_MS:
-            taken.append(run())
-        mean = statistics.fmean(taken)
-        if mean > (1 - STILL) * before:
-            return mean
-        before = mean
+    for _ in range(MAX_BURSTS):
+        taken = statistics.median(run())
+        if taken > (1 - STILL) * before:
+            return taken
+        before = taken
     return before
 
 

@@ -250,10 +250,11 @@ def wgmma_rule(num_sms: int, m: int, n: int, segments: Sequence[SegmentShape]) -
     split_k = max(1, min(places // programs, k // MIN_PART, (6 if is_small else 4) if is_narrow else 16))
     late = programs * split_k <= (2 if block_m == FUSED_ROWS else 3) * num_sms or (block_m > 16 and not is_narrow)
     late = late and not (widths in ({5}, {6}) and (is_full or block_m == 8))
-    is_crowded = programs > places
-    in_two = has_two_fields and block_m <= 16 and is_crowded
-    if is_small:
-        in_two = 8 < block_m < FUSED_ROWS and not is_full if is_crowded else block_m == 8 and programs > num_sms
+    in_two = has_two_fields and block_m <= 16 and programs > places
+    if is_small and programs > places:
+        in_two = 8 < block_m < FUSED_ROWS and not is_full and programs <= 2 * places
+    elif is_small:
+        in_two = block_m == 8 and programs > num_sms
     split_k = 2 if in_two else split_k
     stages = 4 if block_m <= 16 and split_k == 1 and programs <= 2 * num_sms and not is_small else 3
     return Tile(block_m, block_n, split_k, 4, stages, wgmma=True, late=late)

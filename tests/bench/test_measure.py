@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 
 import pytest
 import torch
 
 from qinfer.bench import measure
-from qinfer.bench.measure import GRAPH_MS, MAX_WARM, WARM_MS, settled, time_graph
+from qinfer.bench.measure import BURST, GRAPH_MS, MAX_BURSTS, burst, settled, time_graph
 
 
-def _runs(times: Iterator[float]) -> tuple[Callable[[], float], list[float]]:
-    """Return what takes these times, one after the other, and what it has taken so far."""
-    taken: list[float] = []
+def test_a_burst_is_followed_by_a_pause_that_is_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pauses = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "sleep", pauses.append)
 
-    def run() -> float:
-        taken.append(next(times))
-        return taken[-1]
+    def replay() -> float:
+        clock[0] += milliseconds / 1e3
+        return milliseconds
 
-    return run, taken
+    for milliseconds in (0.5, 8.0):
+        assert burst(replay) == [milliseconds] * BURST
+    assert pauses == pytest.approx([0.01, 0.008 * (BURST + 1)])
 
 
 def test_a_gpu_at_its_pace_is_looked_at_twice() -> None:
-    run, taken = _runs(repeat(5.0))
-    assert settled(run) == 5.0
-    assert sum(taken) == 2 * WARM_MS
+    times = iter([5.0, 5.0])
+    assert settled(lambda: [next(times)]) == 5.0
 
 
 def test_what_becomes_faster_is_waited_for() -> None:
-    slow = [10.0] * 2 + [9.0] * 3 + [8.0] * 3  # three looks at a GPU that wakes up
-    run, taken = _runs(chain(slow, repeat(7.0)))
-    assert settled(run) == 7.0
-    assert len(taken) == len(slow) + 2 * 3
+    times = chain([10.0, 9.0, 8.0], repeat(7.0))
+    assert settled(lambda: [1.0, next(times), 99.0]) == 7.0
     # Noise that is not a fall ends it as well.
-    run, taken = _runs(chain([10.0] * 2, [9.95] * 3, repeat(1.0)))
-    assert settled(run) == 9.95
+    times = chain([10.0, 9.95], repeat(1.0))
+    assert settled(lambda: [next(times)]) == 9.95
 
 
-def test_a_long_run_is_a_look_of_its_own_and_there_is_an_end() -> None:
-    run, taken = _runs(repeat(300.0))
-    assert settled(run) == 300.0
-    assert len(taken) == 2
-    run, taken = _runs(iter(1e6 * 0.9**i for i in range(MAX_WARM + 1)))
-    settled(run)
-    assert len(taken) == MAX_WARM
+def test_there_is_an_end() -> None:
+    times = iter([0.9**i for i in range(MAX_BURSTS)])
+    assert settled(lambda: [next(times)]) == 0.9 ** (MAX_BURSTS - 1)
 
 
 @pytest.mark.gpu
@@ -57,8 +52,8 @@ def test_a_short_chain_is_repeated_and_every_function_counts_as_one(device: torc
         calls.append(1)
         torch.mul(x, 2)
 
-    one, three = time_graph([double], device, repeats=5), time_graph([double] * 3, device, repeats=5)
-    assert len(one.samples) == len(three.samples) == 5
+    one, three = time_graph([double], device, repeats=8), time_graph([double] * 3, device, repeats=8)
+    assert len(one.samples) == len(three.samples) == 8
     # A graph was captured for each that takes as long as it should; a few calls were before that.
     assert len(calls) > GRAPH_MS / one.median + GRAPH_MS / three.median
 
