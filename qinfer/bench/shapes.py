@@ -123,6 +123,7 @@ class Stored:
 G128 = Stored("g128")
 OTHERS = (
     Stored("g128 asym", sym=False),
+    Stored("g16", group_size=16),
     Stored("g32", group_size=32),
     Stored("6 bits g32", bits=6, group_size=32),
     Stored("g64 asym", group_size=64, sym=False),

@@ -36,7 +36,7 @@ from qinfer.kernels.matmul import matmul_reference, segments_of
 from qinfer.kernels.operand import DenseOperand, PlaneOperand, step_k
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.plane_part import accumulate_part
-from qinfer.kernels.tiles import MAX_ROWS, Tile, registers, rule
+from qinfer.kernels.tiles import MAX_ROWS, Tile, cuts, registers, rule, shapes_of
 
 DENSE_BLOCK_N, DENSE_BLOCK_K = 64, 64
 LONG_STEP, MIN_ROWS, SMALL_GROUP = 256, 32, 128
@@ -75,12 +75,14 @@ def expert_tile(device: torch.device, num_pairs: int, operand: ExpertOperand) ->
         operand: the matrices.
     """
     matrix, hit = operand.first, max(1, min(num_pairs, operand.num_experts))
-    widths = DENSE_WIDTHS if isinstance(matrix, DenseOperand) else tuple(s.bits for s in segments_of(matrix))
+    shapes = () if isinstance(matrix, DenseOperand) else shapes_of(segments_of(matrix))
+    widths = tuple(shape.bits for shape in shapes) or DENSE_WIDTHS
     sms, rows = max(1, num_sms(device) // hit), max(1, -(-num_pairs // operand.num_experts))
     # Rows that are looked up take registers of their own: with long steps, half as many fit as in `matmul`.
     has_long_steps = max(step_k(bits) for bits in widths) > LONG_STEP
     max_rows = MIN_ROWS if has_long_steps else MAX_ROWS.get(arch(device), MIN_ROWS)
-    return rule(sms, rows, matrix.out_features, matrix.in_features, widths, max_rows=max_rows)
+    most = cuts(shapes) if shapes else 1
+    return rule(sms, rows, matrix.out_features, matrix.in_features, widths, max_rows=max_rows, cuts=most)
 
 
 def expert_matmul_reference(

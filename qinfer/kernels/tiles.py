@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
-from math import gcd
+from math import ceil, gcd
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ LEAN_REGISTERS = 80  # the same for twelve programs of two warps and 64 columns,
 # GPUs that have tiles of their own for many rows: elsewhere nobody has measured them, and for sm_100 Triton 3.6 makes a
 # kernel that only traps of weights that are scaled before their product.
 MEASURED = ("sm_90",)
+MAX_CUTS = 4  # groups of a step whose sums fit registers, and sm_100's tensor memory, in tiles of many rows
 WGMMA = ("sm_90",)  # GPUs that have `wgmma`, and its kernel
 TABLES = Path(__file__).parent / "tile_tables"
 
@@ -138,7 +139,7 @@ def lookup(
     if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and whole >= SLICE_K and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
     if m <= FUSED_ROWS:
-        return rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32))
+        return rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32), cuts=cuts(segments))
     if arch in MEASURED and m <= 2 * wide_rows(widths):
         return wide_rule(num_sms, m, n, k, widths, is_lean=whole >= MIN_STEP and not has_offsets)
     return None
@@ -168,7 +169,7 @@ def registers(arch: str, widths: tuple[int, ...], tile: Tile) -> dict[str, int]:
     return {"maxnreg": limits[tile.warps]} if is_saving else {}
 
 
-def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_rows: int = 64) -> Tile:
+def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_rows: int = 64, cuts: int = 1) -> Tile:
     """Return a reasonable tile for any shape.
 
     Few rows are bound by reading the weights, and what counts there is bytes in flight: about four programs per
@@ -176,15 +177,19 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
     do (benchmarks/LOG.md). So K is split until the grid is that large, into a power of two, which cuts most matrices
     evenly, and every program keeps 512 features. Codes of 3 and 5 bits come in long steps; the pipeline is as deep as
     shared memory allows on every GPU. A program takes at most `max_rows` rows, half of that where the steps are long.
+
+    Groups that a step is cut into (`cuts`) have sums of their own. Large tiles of many spill, or, on sm_100, take more
+    tensor memory than there is, and Triton makes a kernel that only traps.
     """
-    is_long = has_long_steps(widths)
-    block_m = min(max(16, 1 << (m - 1).bit_length()), max_rows // 2 if is_long else max_rows)
-    is_narrow = is_long or (n <= 64 * num_sms and any(bits != 4 for bits in widths))
+    is_long, is_cut = has_long_steps(widths), cuts > 1 and (widths != (4,) or cuts > MAX_CUTS)
+    most = min(max_rows, FEW_ROWS if cuts > MAX_CUTS else 32) if is_cut else max_rows
+    block_m = min(max(FEW_ROWS, 1 << (m - 1).bit_length()), max(FEW_ROWS, most // 2 if is_long else most))
+    is_narrow = is_long or is_cut or (n <= 64 * num_sms and any(bits != 4 for bits in widths))
     block_n = 64 if is_narrow else 128
     fits = [
         (rows, columns, stages)
         for rows, columns in ((block_m, block_n), (block_m, 64), (block_m // 2, 64), (16, 64))
-        for stages in (3, 2)
+        for stages in ((2,) if is_cut and m > FEW_ROWS else (3, 2))
         if max(shared_bytes(bits, rows, columns, stages) for bits in widths)
         <= (FEW_ROWS_BYTES if rows == 16 else SHARED_BYTES)
     ]
@@ -207,6 +212,11 @@ def lean_rule(num_sms: int, n: int, k: int, bits: int) -> Tile:
     places, part = (10, MIN_PART) if bits == 4 else (6, LEAN_PART)
     split_k = max(1, min(round(places * num_sms / -(-n // block_n)), k // part, 16))
     return Tile(LEAN_ROWS, block_n, split_k, 2, 3 if shared_bytes(bits, LEAN_ROWS, block_n, 3) <= LEAN_BYTES else 2)
+
+
+def cuts(segments: Sequence[SegmentShape]) -> int:
+    """Return into how many groups a step of K is cut at most."""
+    return max((ceil(step_k(one.bits) / one.group_size) if one.group_size < MIN_STEP else 1) for one in segments)
 
 
 def wgmma_fits(n: int, segments: Sequence[SegmentShape]) -> bool:
