@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.gather import gather_columns
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.parts import add_up, as_parts, load_sum
 
 BLOCK = 1024
+GATHERED_PARTS = 2  # in an order every part of an element is a load of its own, so that more are added up first
 
 
 def silu_mul_reference(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -82,6 +84,8 @@ def silu_mul(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.d
     """
     parts = as_parts(gate_up)
     num_parts, num_tokens, width = parts.shape[0], parts.shape[1], parts.shape[2] // 2
+    if order is not None and num_parts > GATHERED_PARTS:
+        return gather_columns.launch(silu_mul.launch(gate_up, out_dtype=out_dtype), order)
     out = torch.empty((num_tokens, width), dtype=out_dtype or gate_up.dtype, device=gate_up.device)
     if out.numel():
         block = min(BLOCK, triton.next_power_of_2(width))

@@ -54,6 +54,8 @@ def test_takes_a_product_in_parts(body, num_parts, device):
     actual = body(parts, out_dtype=torch.float16)
     assert actual.dtype == torch.float16
     assert torch.equal(actual, body(add_up(parts)).half())
+    order = torch.randperm(45).int()
+    assert torch.equal(body(parts, order=order.to(device), out_dtype=torch.float16), actual[:, order.to(device)])
 
 
 @pytest.mark.parametrize("body", BODIES)
