@@ -25,6 +25,7 @@ READ_BYTES = 4 << 30  # far beyond any cache
 READ_BYTES_CPU = 256 << 20
 PRODUCT_SIZE = 8192
 GRAPH_MS = 2.0  # of a graph at least, whose start and end, some microseconds, are then none of its functions'
+CHAIN = 16  # calls from one that waits for all before it to the next
 BURST = 4  # replays in a row; an H200 keeps its clock for 50 ms of the heaviest load (benchmarks/LOG.md)
 PAUSE_MS = 10.0  # behind a burst, at least
 MAX_BURSTS = 50  # until times stand still
@@ -76,8 +77,9 @@ def time_graph(functions: Sequence[Callable[[], Any]], device: torch.device, *, 
     """Time a chain of kernels replayed as one CUDA graph, in milliseconds per function.
 
     The graph holds the chain as often as takes GRAPH_MS, and is replayed in bursts with pauses between them: under a
-    load that does not end, a GPU lowers its clock to keep to its power. The functions should touch different buffers,
-    together larger than the cache, so that none is measured from it.
+    load that does not end, a GPU lowers its clock to keep to its power. Every CHAIN calls it waits for all that it has
+    started, for kernels that let the next one start at once, and are followed by themselves, as in no model, pile up.
+    The functions should touch different buffers, together larger than the cache, so that none is measured from it.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -85,12 +87,17 @@ def time_graph(functions: Sequence[Callable[[], Any]], device: torch.device, *, 
         for function in functions:
             function()
     torch.cuda.current_stream(device).wait_stream(stream)
-    turns, replay = 1, _captured(functions)
+    turns, replay, flag = 1, _captured(functions), torch.zeros(1, device=device)
     while (taken := settled(partial(burst, replay))) < GRAPH_MS:  # a first short graph is hardly more than its start
         turns *= ceil(GRAPH_MS / taken)
-        replay = _captured([*functions] * turns)
+        replay = _captured(broken([*functions] * turns, flag.zero_))
     samples = [taken for _ in range(ceil(repeats / BURST)) for taken in burst(replay)]
     return Times(tuple(taken / (turns * len(functions)) for taken in samples))
+
+
+def broken(calls: Sequence[Callable[[], Any]], pause: Callable[[], Any]) -> list[Callable[[], Any]]:
+    """Return calls with a pause behind every CHAIN of them."""
+    return [one for first in range(0, len(calls), CHAIN) for one in (*calls[first : first + CHAIN], pause)]
 
 
 def _captured(functions: Sequence[Callable[[], Any]]) -> Callable[[], float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain, repeat
 
 import pytest
 import torch
 
 from qinfer.bench import measure
-from qinfer.bench.measure import BURST, GRAPH_MS, MAX_BURSTS, burst, settled, time_graph
+from qinfer.bench.measure import BURST, GRAPH_MS, MAX_BURSTS, broken, burst, settled, time_graph
 
 
 def test_a_burst_is_followed_by_a_pause_that_is_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +37,14 @@ def test_what_becomes_faster_is_waited_for() -> None:
     # Noise that is not a fall ends it as well.
     times = chain([10.0, 9.95], repeat(1.0))
     assert settled(lambda: [next(times)]) == 9.95
+
+
+def test_chains_have_an_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "CHAIN", 3)
+    called: list[int | str] = []
+    for call in broken([partial(called.append, i) for i in range(5)], partial(called.append, "pause")):
+        call()
+    assert called == [0, 1, 2, "pause", 3, 4, "pause"]
 
 
 def test_there_is_an_end() -> None:
