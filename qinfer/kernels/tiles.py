@@ -240,11 +240,11 @@ def wgmma_rule(num_sms: int, m: int, n: int, segments: Sequence[SegmentShape]) -
     many rows narrow tiles, where four parts of K fill the GPU with them, for parts cost more to add there. Two programs
     that walk over all of K have a stage more.
 
-    Few rows and codes of two fields are bound by unpacking: two parts where programs are more than multiprocessors, so
-    that the last ones are short. Groups smaller than a step are products of their own, and waited for one by one. That
-    takes two parts for more rows too, and for eight where all programs run at once; six parts of narrow tiles; and
-    registers: with groups of a slice half the rows leave none for a third program, and all rows, or codes of two
-    fields, would spill.
+    Few rows and codes of two fields are bound by unpacking: two parts where there are many programs, for eight rows
+    where they are more than multiprocessors, so that the last ones are short. Groups smaller than a step are products
+    of their own, and waited for one by one. That takes two parts for more rows, but for heads, and for eight where all
+    programs run at once; six parts of narrow tiles; and registers: with groups of a slice half the rows leave none for
+    a third program, and all rows, or codes of two fields, would spill.
 
     To add sums late takes registers and x of another step, which pays unless there are more programs than then run at
     once, and but for the smallest and the largest tile with codes of 5 or 6 bits.
@@ -258,14 +258,14 @@ def wgmma_rule(num_sms: int, m: int, n: int, segments: Sequence[SegmentShape]) -
     block_n, is_full = (64, False) if is_narrow else (128, block_m == full_rows)
     programs, places = -(-n // block_n), (2 if is_full else 3) * num_sms
     split_k = max(1, min(places // programs, k // MIN_PART, (6 if is_small else 4) if is_narrow else 16))
-    late = programs * split_k <= (2 if block_m == FUSED_ROWS else 3) * num_sms or (block_m > 16 and not is_narrow)
-    late = late and not (widths in ({5}, {6}) and (is_full or block_m == 8))
-    in_two = has_two_fields and block_m <= 16 and programs > num_sms
     if is_small and programs > places:
         in_two = 8 < block_m < FUSED_ROWS and not is_full and programs <= 2 * places
-    elif is_small:
-        in_two = block_m == 8 and programs > num_sms
+    else:
+        in_two = (is_small or has_two_fields) and block_m == 8 and programs > num_sms
+        in_two = in_two or (has_two_fields and block_m == 16 and programs > places)
     split_k = 2 if in_two else split_k
+    late = programs * split_k <= (2 if block_m == FUSED_ROWS else 3) * num_sms or (block_m > 16 and not is_narrow)
+    late = late and not (widths in ({5}, {6}) and (is_full or block_m == 8))
     stages = 4 if block_m <= 16 and split_k == 1 and programs <= 2 * num_sms and not is_small else 3
     return Tile(block_m, block_n, split_k, 4, stages, wgmma=True, late=late)
 

@@ -237,7 +237,8 @@ def test_programs_are_as_many_as_run_at_once() -> None:
             assert tile.block_n == (64 if m > 16 and n <= 6144 else 128)
             six = wgmma_rule(132, m, n, [SegmentShape(k, 6, 128)])
             assert not (six.late and (m <= 8 or six.block_m * six.block_n == 64 * 128))
-            assert six.split_k == (2 if m <= 16 and n >= 28672 else tile.split_k)
+            in_two = (m <= 16 and n == 128256) or (m <= 8 and n == 28672)
+            assert six.split_k == (2 if in_two else tile.split_k)
             small = wgmma_rule(132, m, n, [SegmentShape(k // 2, 4, 128), SegmentShape(k // 2, 4, 32)])
             assert (small.block_m, small.stages) == (tile.block_m, 3)
             assert small.block_m * small.block_n < 64 * 128, "it would spill"
