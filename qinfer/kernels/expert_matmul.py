@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qinfer.errors import UnsupportedError
 from qinfer.kernels.checks import check_device, check_float
 from qinfer.kernels.codes import constants_of, num_steps
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
@@ -40,6 +41,7 @@ from qinfer.kernels.tiles import MAX_ROWS, Tile, cuts, registers, rule, shapes_o
 
 DENSE_BLOCK_N, DENSE_BLOCK_K = 64, 64
 LONG_STEP, MIN_ROWS, SMALL_GROUP = 256, 32, 128
+MAX_CUTS = 16  # groups of a step whose sums sm_100's tensor memory has room for, in tiles of the fewest rows
 DENSE_WIDTHS = (8,)  # the rule for codes of 8 bits is nearest to that of dense matrices
 
 # Experts and pairs of blocks, slots, and what kernels are compiled for.
@@ -73,6 +75,9 @@ def expert_tile(device: torch.device, num_pairs: int, operand: ExpertOperand) ->
         device: where it runs.
         num_pairs: P.
         operand: the matrices.
+
+    Raises:
+        UnsupportedError: Triton makes a kernel that only traps of such groups on sm_100.
     """
     matrix, hit = operand.first, max(1, min(num_pairs, operand.num_experts))
     shapes = () if isinstance(matrix, DenseOperand) else shapes_of(segments_of(matrix))
@@ -82,6 +87,11 @@ def expert_tile(device: torch.device, num_pairs: int, operand: ExpertOperand) ->
     has_long_steps = max(step_k(bits) for bits in widths) > LONG_STEP
     max_rows = MIN_ROWS if has_long_steps else MAX_ROWS.get(arch(device), MIN_ROWS)
     most = cuts(shapes) if shapes else 1
+    if most > MAX_CUTS and arch(device) == "sm_100":
+        raise UnsupportedError(
+            "experts of 3 or 5 bits in groups of 16 do not work on sm_100, for which Triton makes a kernel that only "
+            "traps; groups of 32 and more do, and groups of 16 with 2, 4, 6 or 8 bits"
+        )
     return rule(sms, rows, matrix.out_features, matrix.in_features, widths, max_rows=max_rows, cuts=most)
 
 

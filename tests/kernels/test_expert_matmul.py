@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qinfer.errors import UnsupportedError
+from qinfer.kernels import expert_matmul as module
 from qinfer.kernels.combine import combine
 from qinfer.kernels.expert_gather import gather_expert_columns
 from qinfer.kernels.expert_matmul import Routing, expert_matmul, expert_tile
@@ -180,3 +182,16 @@ def test_the_tile_follows_the_rows_of_an_expert(device: torch.device) -> None:
     operand: ExpertOperand = stack([plane_operand(512, 64, device=device) for _ in range(4)])
     assert expert_tile(device, 8, operand).block_m == 16
     assert expert_tile(device, 4 * 30, operand).block_m == 32
+
+
+def test_experts_whose_sums_exceed_the_tensor_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def experts(bits: int, group_size: int) -> ExpertOperand:
+        return stack([plane_operand(512, 16, bits=bits, group_size=group_size, seed=e) for e in range(2)])
+
+    device = torch.device("cpu")
+    assert expert_tile(device, 4, experts(3, 16)).block_m == 16
+    monkeypatch.setattr(module, "arch", lambda _: "sm_100")
+    for bits, group_size in ((3, 32), (4, 16), (6, 16)):
+        assert expert_tile(device, 256, experts(bits, group_size)).block_m == 16
+    with pytest.raises(UnsupportedError, match=r"groups of 16 do not work on sm_100.*groups of 32 and more do"):
+        expert_tile(device, 4, experts(3, 16))
