@@ -37,11 +37,10 @@ from qinfer.kernels.matmul import matmul_reference, segments_of
 from qinfer.kernels.operand import DenseOperand, PlaneOperand, step_k
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.plane_part import accumulate_part
-from qinfer.kernels.tiles import MAX_ROWS, Tile, cuts, registers, rule, shapes_of
+from qinfer.kernels.tiles import FEW_ROWS, MAX_ROWS, TENSOR_ROWS, Tile, cuts, registers, rule, shapes_of
 
 DENSE_BLOCK_N, DENSE_BLOCK_K = 64, 64
 LONG_STEP, MIN_ROWS, SMALL_GROUP = 256, 32, 128
-MAX_CUTS = 16  # groups of a step whose sums sm_100's tensor memory has room for, in tiles of the fewest rows
 DENSE_WIDTHS = (8,)  # the rule for codes of 8 bits is nearest to that of dense matrices
 
 # Experts and pairs of blocks, slots, and what kernels are compiled for.
@@ -87,7 +86,7 @@ def expert_tile(device: torch.device, num_pairs: int, operand: ExpertOperand) ->
     has_long_steps = max(step_k(bits) for bits in widths) > LONG_STEP
     max_rows = MIN_ROWS if has_long_steps else MAX_ROWS.get(arch(device), MIN_ROWS)
     most = cuts(shapes) if shapes else 1
-    if most > MAX_CUTS and arch(device) == "sm_100":
+    if most * FEW_ROWS > TENSOR_ROWS and arch(device) == "sm_100":
         raise UnsupportedError(
             "experts of 3 or 5 bits in groups of 16 do not work on sm_100, for which Triton makes a kernel that only "
             "traps; groups of 32 and more do, and groups of 16 with 2, 4, 6 or 8 bits"

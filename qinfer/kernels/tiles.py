@@ -45,7 +45,8 @@ LEAN_REGISTERS = 80  # the same for twelve programs of two warps and 64 columns,
 # GPUs that have tiles of their own for many rows: elsewhere nobody has measured them, and for sm_100 Triton 3.6 makes a
 # kernel that only traps of weights that are scaled before their product.
 MEASURED = ("sm_90",)
-MAX_CUTS = 4  # groups of a step whose sums fit registers, and sm_100's tensor memory, in tiles of many rows
+FEW_CUTS = 4  # groups of a step whose sums fit the registers in tiles of many rows
+TENSOR_ROWS = 256  # rows of sums that sm_100's tensor memory has room for, those of all groups of a step together
 WGMMA = ("sm_90",)  # GPUs that have `wgmma`, and its kernel
 TABLES = Path(__file__).parent / "tile_tables"
 
@@ -139,7 +140,9 @@ def lookup(
     if m <= LEAN_ROWS and len(set(widths)) == 1 and widths[0] in LEAN_BITS and whole >= SLICE_K and arch[:3] == "sm_":
         return lean_rule(num_sms, n, k, widths[0])
     if m <= FUSED_ROWS:
-        return rule(num_sms, m, n, k, widths, max_rows=MAX_ROWS.get(arch, 32), cuts=cuts(segments))
+        groups = cuts(segments)
+        max_rows = min(MAX_ROWS.get(arch, 32), TENSOR_ROWS // groups if arch == "sm_100" else TENSOR_ROWS)
+        return rule(num_sms, m, n, k, widths, max_rows=max_rows, cuts=groups)
     if arch in MEASURED and m <= 2 * wide_rows(widths):
         return wide_rule(num_sms, m, n, k, widths, is_lean=whole >= MIN_STEP and not has_offsets)
     return None
@@ -181,9 +184,10 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
     Groups that a step is cut into (`cuts`) have sums of their own. Large tiles of many spill, or, on sm_100, take more
     tensor memory than there is, and Triton makes a kernel that only traps.
     """
-    is_long, is_cut = has_long_steps(widths), cuts > 1 and (widths != (4,) or cuts > MAX_CUTS)
-    most = min(max_rows, FEW_ROWS if cuts > MAX_CUTS else 32) if is_cut else max_rows
-    block_m = min(max(FEW_ROWS, 1 << (m - 1).bit_length()), max(FEW_ROWS, most // 2 if is_long else most))
+    is_long, is_cut = has_long_steps(widths), cuts > 1 and (widths != (4,) or cuts > FEW_CUTS)
+    few = min(FEW_ROWS, max_rows)
+    most = min(max_rows, FEW_ROWS if cuts > FEW_CUTS else 32) if is_cut else max_rows
+    block_m = min(max(few, 1 << (m - 1).bit_length()), max(few, most // 2 if is_long else most))
     is_narrow = is_long or is_cut or (n <= 64 * num_sms and any(bits != 4 for bits in widths))
     block_n = 64 if is_narrow else 128
     fits = [
@@ -191,7 +195,7 @@ def rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, max_r
         for rows, columns in ((block_m, block_n), (block_m, 64), (block_m // 2, 64), (16, 64))
         for stages in ((2,) if is_cut and m > FEW_ROWS else (3, 2))
         if max(shared_bytes(bits, rows, columns, stages) for bits in widths)
-        <= (FEW_ROWS_BYTES if rows == 16 else SHARED_BYTES)
+        <= (FEW_ROWS_BYTES if rows <= FEW_ROWS else SHARED_BYTES)
     ]
     block_m, block_n, stages = fits[0]
     programs = -(-n // block_n) * -(-m // block_m)
