@@ -37,7 +37,7 @@ from qinfer.kernels.matmul import matmul_reference, segments_of
 from qinfer.kernels.operand import DenseOperand, PlaneOperand, step_k
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.plane_part import accumulate_part
-from qinfer.kernels.tiles import FEW_ROWS, MAX_ROWS, TENSOR_ROWS, Tile, cuts, registers, rule, shapes_of
+from qinfer.kernels.tiles import FEW_ROWS, MAX_ROWS, Tile, cuts, registers, rule, shapes_of, tensor_rows
 
 DENSE_BLOCK_N, DENSE_BLOCK_K = 64, 64
 LONG_STEP, MIN_ROWS, SMALL_GROUP = 256, 32, 128
@@ -85,13 +85,13 @@ def expert_tile(device: torch.device, num_pairs: int, operand: ExpertOperand) ->
     # Rows that are looked up take registers of their own: with long steps, half as many fit as in `matmul`.
     has_long_steps = max(step_k(bits) for bits in widths) > LONG_STEP
     max_rows = MIN_ROWS if has_long_steps else MAX_ROWS.get(arch(device), MIN_ROWS)
-    most = cuts(shapes) if shapes else 1
-    if most * FEW_ROWS > TENSOR_ROWS and arch(device) == "sm_100":
+    groups = cuts(shapes)
+    if tensor_rows(arch(device), groups) < FEW_ROWS:
         raise UnsupportedError(
             "experts of 3 or 5 bits in groups of 16 do not work on sm_100, for which Triton makes a kernel that only "
             "traps; groups of 32 and more do, and groups of 16 with 2, 4, 6 or 8 bits"
         )
-    return rule(sms, rows, matrix.out_features, matrix.in_features, widths, max_rows=max_rows, cuts=most)
+    return rule(sms, rows, matrix.out_features, matrix.in_features, widths, max_rows=max_rows, cuts=groups)
 
 
 def expert_matmul_reference(

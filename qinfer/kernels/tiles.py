@@ -141,7 +141,7 @@ def lookup(
         return lean_rule(num_sms, n, k, widths[0])
     if m <= FUSED_ROWS:
         groups = cuts(segments)
-        max_rows = min(MAX_ROWS.get(arch, 32), TENSOR_ROWS // groups if arch == "sm_100" else TENSOR_ROWS)
+        max_rows = min(MAX_ROWS.get(arch, 32), tensor_rows(arch, groups))
         return rule(num_sms, m, n, k, widths, max_rows=max_rows, cuts=groups)
     if arch in MEASURED and m <= 2 * wide_rows(widths):
         return wide_rule(num_sms, m, n, k, widths, is_lean=whole >= MIN_STEP and not has_offsets)
@@ -220,7 +220,12 @@ def lean_rule(num_sms: int, n: int, k: int, bits: int) -> Tile:
 
 def cuts(segments: Sequence[SegmentShape]) -> int:
     """Return into how many groups a step of K is cut at most."""
-    return max((ceil(step_k(one.bits) / one.group_size) if one.group_size < MIN_STEP else 1) for one in segments)
+    return max((ceil(step_k(one.bits) / one.group_size) for one in segments if one.group_size < MIN_STEP), default=1)
+
+
+def tensor_rows(arch: str, groups: int) -> int:
+    """Return how many rows of sums of so many groups tensor memory has room for, where sums are kept in it."""
+    return TENSOR_ROWS // groups if arch == "sm_100" else TENSOR_ROWS
 
 
 def wgmma_fits(n: int, segments: Sequence[SegmentShape]) -> bool:

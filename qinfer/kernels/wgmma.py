@@ -208,9 +208,7 @@ def _add_groups(
     b_sum, b_weights = gl.zeros(b_acc.shape, gl.float32, MMA), b_words[0]
     b_scales = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, MMA))
     for i in gl.static_range(NUM_LINES):
-        b_offsets = b_words
-        if HAS_OFFSETS:
-            b_offsets = _load_line(rings[3], slot, i, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
+        b_offsets = _load_line(rings[3], slot, i, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
         if NUM_LINES == 2:
             b_next = _half(b_words, b_offsets, i, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
             s_x = (s_x0 if i == 0 else s_x1).index(x_slot).permute((1, 0))

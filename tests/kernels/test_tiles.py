@@ -27,15 +27,15 @@ from qinfer.kernels.tiles import (
     wide_rule,
 )
 
+SHAPES = {
+    "n": st.integers(1, 200_000),
+    "k": st.integers(1, 60_000),
+    "num_sms": st.integers(1, 200),
+    "widths": st.lists(st.sampled_from(list(FIELDS)), min_size=1).map(tuple),
+}
 
-@given(
-    m=st.integers(1, 64),
-    n=st.integers(1, 200_000),
-    k=st.integers(1, 60_000),
-    num_sms=st.integers(1, 200),
-    widths=st.lists(st.sampled_from(list(FIELDS)), min_size=1).map(tuple),
-    cuts=st.sampled_from([1, 2, 4, 8, 16, 32]),
-)
+
+@given(m=st.integers(1, 64), cuts=st.sampled_from([1, 2, 4, 8, 16, 32]), **SHAPES)
 def test_the_rule_gives_a_legal_tile_for_every_shape(
     m: int, n: int, k: int, num_sms: int, widths: tuple[int, ...], cuts: int
 ) -> None:
@@ -46,14 +46,7 @@ def test_the_rule_gives_a_legal_tile_for_every_shape(
     assert 1 <= tile.split_k <= max(1, -(-k // 128))
 
 
-@given(
-    m=st.integers(65, 256),
-    n=st.integers(1, 200_000),
-    k=st.integers(1, 60_000),
-    num_sms=st.integers(1, 200),
-    widths=st.lists(st.sampled_from(list(FIELDS)), min_size=1).map(tuple),
-    is_lean=st.booleans(),
-)
+@given(m=st.integers(65, 256), is_lean=st.booleans(), **SHAPES)
 def test_the_rule_for_many_rows_gives_legal_tiles(
     m: int, n: int, k: int, num_sms: int, widths: tuple[int, ...], is_lean: bool
 ) -> None:
