@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from qinfer.bench.engines import ENGINES, check_engines, measure_engine
 from qinfer.bench.measure import Times, environment, read_bandwidth, synchronize, time_calls
@@ -21,7 +20,6 @@ from qinfer.engine.job import Job
 from qinfer.engine.sampling import SamplingParams
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import default_device
-from qinfer.models.batch import Batch, Piece
 from qinfer.models.experts import SparseMLP
 from qinfer.models.layers import Linear
 from qinfer.models.model import Model
@@ -46,7 +44,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded at a time; default: 1")
     parser.add_argument("--context", type=int, default=512, help="tokens in front of the first new one; default: 512")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence; default: 128")
-    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill measurement; default: 2048")
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt that is timed; default: 2048")
     parser.add_argument("--kv-format", default="fp16", help="of the cache; default: fp16")
     parser.add_argument("--profile", action="store_true", help="also tell what each kernel of a decode step costs")
     parser.add_argument("--device", help="cuda or cpu")
@@ -102,9 +100,9 @@ def run(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace, device: torch.device, group: Group | None) -> dict[str, Any]:
     """Run qinfer, and return the fields that another engine measures too."""
     model = _load(options, device, group)
-    prefill_tokens = min(options.prefill, model.config.max_positions)
+    prefill_tokens = min(options.prefill, model.config.max_positions - 1)
     # Before the decode steps, whose profiler may stay in the way of what runs after it.
-    prefill = _prefill(model, prefill_tokens)
+    prefill = _prefill(model, prefill_tokens, options.kv_format)
     steps, kernels = _decode(model, options)
     measured = {
         "plan": None if model.plan is None else str(model.plan).splitlines(),
@@ -238,14 +236,26 @@ def _untaken_bytes(model: Model, batch: int) -> int:
     return int(stored * (1 - config.per_token / config.num_experts) ** batch)
 
 
-def _prefill(model: Model, tokens: int) -> Times:
-    """Time one prompt from its ids on the host to its last logits."""
-    cache = model.new_cache(-(-tokens // 256))
+def _prefill(model: Model, tokens: int, kv_format: str) -> Times:
+    """Time requests with a prompt of so many tokens, in the steps that serving takes."""
+    generator = Generator(model, kv_format=kv_format, max_tokens=tokens + 1, max_batch=1, prefix_cache=False)
     rng = random.Random(1)
-    ids = [rng.randrange(model.config.vocab_size) for _ in range(tokens)]
+    prompt = [rng.randrange(model.config.vocab_size) for _ in range(tokens)]
+    return time_prompt(generator, prompt, repeats=10 if model.device.type == "cuda" else 3)
 
-    def prefill() -> Tensor:
-        piece = Piece(ids, 0, range(cache.num_pages), "last")
-        return model.decoder(Batch.build([piece], page_size=256, device=model.device), cache)
 
-    return time_calls(prefill, model.device, repeats=10 if model.device.type == "cuda" else 3)
+def time_prompt(generator: Generator, prompt: list[int], *, repeats: int) -> Times:
+    """Time requests for one token behind a prompt, from its ids on the host to that token on the host.
+
+    Raises:
+        RuntimeError: a request ended otherwise; its own error is the cause.
+    """
+    params = SamplingParams(temperature=0.0, max_new_tokens=1, ignore_eos=True)
+
+    def request() -> None:
+        completion = generator.generate(prompt, params)
+        if completion.finish_reason != "length":
+            ended = f"the request with a prompt of {len(prompt)} tokens ended: {completion.finish_reason}"
+            raise RuntimeError(ended) from completion.error
+
+    return time_calls(request, generator.model.device, repeats=repeats)
