@@ -3,7 +3,7 @@
     out = sum_i 2^(lse_i - max lse) part_i / sum_i 2^(lse_i - max lse)
 
 parts are [T, H, runs, D] fp32, each normalized by itself, lse [T, H, runs] the base-2 logarithms of their softmax sums;
-a run without keys has -inf there and a part of zeros. Results are [T, H * D].
+a run without keys has -inf there, and its part is not read. Results are [T, H * D].
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_LOCKS = 1 << 16
 CHUNK_PER_WARP = 2048  # numbers that a program adds up at once: 64 of each thread
-BLOCK_F = 128  # features that one program of the second kernel adds up
+BLOCK = 1024  # numbers that one program of the second kernel writes, of CHUNK runs at once
+CHUNK = 8
 
 
 @triton.jit
@@ -39,6 +40,48 @@ def store_rows(
 
 
 @triton.jit
+def _sum_of_runs(
+    p_parts, p_lse, o_first, m_row, b_runs,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALL_THERE: tl.constexpr,
+):  # fmt: skip
+    """Add up the runs of rows [M], CHUNK of them at once: [M, BLOCK_D] fp32.
+
+    Args:
+        p_parts: [..., D].
+        p_lse: [...].
+        o_first: [M] number of the first run of each row.
+        m_row: [M] rows that there are.
+        b_runs: how many runs they have.
+        HEAD_DIM: D.
+        BLOCK_D: D rounded up to a power of two.
+        CHUNK: a power of two.
+        ALL_THERE: runs without keys have left zeros, and are read like the others.
+    """
+    M: tl.constexpr = o_first.shape[0]
+    o_chunk, o_d = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    b_max = tl.full([M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    b_out = tl.zeros([M, BLOCK_D], tl.float32)
+    for i_chunk in range(tl.cdiv(b_runs, CHUNK)):
+        o_run = i_chunk * CHUNK + o_chunk
+        m_run = m_row[:, None] & (o_run < b_runs)[None, :]
+        o_part = o_first[:, None] + o_run[None, :]
+        b_lse = tl.load(p_lse + o_part, mask=m_run, other=float("-inf"), cache_modifier=".cg")
+        # Both loads at once, if nothing of the second waits for the first.
+        m_there = m_run if ALL_THERE else m_run & (b_lse != float("-inf"))
+        p_part = p_parts + o_part[:, :, None] * HEAD_DIM + o_d[None, None, :]
+        m_part = m_there[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
+        b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
+        b_new_max = tl.maximum(b_max, tl.max(b_lse, axis=1))
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_decay, b_weight = tl.exp2(b_max - b_shift), tl.exp2(b_lse - b_shift[:, None])
+        b_out = b_out * b_decay[:, None] + tl.sum(b_weight[:, :, None] * b_part, axis=1)
+        b_sum = b_sum * b_decay + tl.sum(b_weight, axis=1)
+        b_max = b_new_max
+    return b_out / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+
+
+@triton.jit
 def _reduce_block(
     p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -46,32 +89,14 @@ def _reduce_block(
 ):  # fmt: skip
     """Add up the runs of one block, those of all heads of a token at once."""
     HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
-    o_g, o_chunk, o_d = tl.arange(0, HEADS), tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    o_g = tl.arange(0, HEADS)
     m_g = o_g < GROUP
-    m_out = m_g[:, None] & (o_d < HEAD_DIM)[None, :]
+    m_out = m_g[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     o_head = i_head * GROUP + o_g
     for i_query in range(b_num):
         i_token = (i_first + i_query).to(tl.int64)
-        o_row = (i_token * NUM_HEADS + o_head) * num_splits
-        b_max = tl.full([HEADS], float("-inf"), tl.float32)
-        b_sum = tl.zeros([HEADS], tl.float32)
-        b_out = tl.zeros([HEADS, BLOCK_D], tl.float32)
-        for i_chunk in range(tl.cdiv(b_runs, CHUNK)):
-            o_run = i_chunk * CHUNK + o_chunk
-            m_run = m_g[:, None] & (o_run < b_runs)[None, :]
-            o_part = o_row[:, None] + o_run[None, :]
-            # Both loads at once: nothing of the second waits for the first.
-            b_lse = tl.load(p_lse + o_part, mask=m_run, other=float("-inf"), cache_modifier=".cg")
-            p_part = p_parts + o_part[:, :, None] * HEAD_DIM + o_d[None, None, :]
-            m_part = m_run[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
-            b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
-            b_new_max = tl.maximum(b_max, tl.max(b_lse, axis=1))
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-            b_decay, b_weight = tl.exp2(b_max - b_shift), tl.exp2(b_lse - b_shift[:, None])
-            b_out = b_out * b_decay[:, None] + tl.sum(b_weight[:, :, None] * b_part, axis=1)
-            b_sum = b_sum * b_decay + tl.sum(b_weight, axis=1)
-            b_max = b_new_max
-        b_out /= tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+        o_first = (i_token * NUM_HEADS + o_head) * num_splits
+        b_out = _sum_of_runs(p_parts, p_lse, o_first, m_g, b_runs, HEAD_DIM, BLOCK_D, CHUNK, True)
         o_token = i_token + tl.zeros([HEADS], tl.int64)
         store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
 
@@ -113,7 +138,8 @@ def store_run(
     """
     BLOCK_D: tl.constexpr = b_out.shape[1]
     o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
-    tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], b_out, mask=m_out)
+    m_part = m_out if HAS_LOCKS else m_out & (b_sum > 0.0)[:, None]
+    tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], b_out, mask=m_part)
     tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
     if HAS_LOCKS:
         # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
@@ -126,40 +152,26 @@ def store_run(
             tl.store(p_locks + i_lock, 0)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _reduce_splits_kernel(
     p_parts,  # [T, H, runs, D]
     p_lse,  # [T, H, runs]
-    p_order,
-    p_out,  # [T, H*D]
-    num_splits,
-    NUM_FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    p_inverse,
+    p_out,  # [T, H * D], in the order of p_inverse
+    num_rows, num_splits,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_ORDER: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
-    i_token = tl.program_id(0).to(tl.int64)
-    o_out = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    m_out = o_out < NUM_FEATURES
-    o_feature = o_out
-    if HAS_ORDER:
-        o_feature = tl.load(p_order + o_out, mask=m_out, other=0)
-    o_head = i_token * (NUM_FEATURES // HEAD_DIM) + o_feature // HEAD_DIM
-    o_split = tl.arange(0, BLOCK_S)
-    o_part = o_head[None, :] * num_splits + o_split[:, None]
-    m_part = m_out[None, :] & (o_split < num_splits)[:, None]
-    b_lse = tl.load(p_lse + o_part, mask=m_part, other=float("-inf"))
-    m_part = m_part & (b_lse > float("-inf"))
-    b_part = tl.load(p_parts + o_part * HEAD_DIM + (o_feature % HEAD_DIM)[None, :], mask=m_part, other=0.0)
-    b_max = tl.max(b_lse, axis=0)
-    b_weight = tl.exp2(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
-    b_sum = tl.sum(b_weight, axis=0)
-    b_out = tl.sum(b_weight * b_part, axis=0) / tl.where(b_sum > 0.0, b_sum, 1.0)
-    tl.store(p_out + i_token * NUM_FEATURES + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+    # A row is a head of a token.
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_row = o_row < num_rows
+    b_out = _sum_of_runs(p_parts, p_lse, o_row * num_splits, m_row, num_splits, HEAD_DIM, BLOCK_D, CHUNK, False)
+    m_out = m_row[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    store_rows(
+        p_out, p_inverse, b_out, o_row // NUM_HEADS, o_row % NUM_HEADS, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER
+    )  # fmt: skip
 
 
 # The inverse of an order, as long as the order lives.
@@ -198,8 +210,10 @@ def add_runs(parts: Tensor, lse: Tensor, order: Tensor | None, out: Tensor) -> N
         out: [T, H * D], written.
     """
     num_tokens, num_heads, num_splits, head_dim = parts.shape
-    _reduce_splits_kernel[num_tokens, triton.cdiv(num_heads * head_dim, BLOCK_F)](
-        parts, lse, order, out, num_splits,
-        NUM_FEATURES=num_heads * head_dim, HEAD_DIM=head_dim, HAS_ORDER=order is not None,
-        BLOCK_F=BLOCK_F, BLOCK_S=MAX_SPLITS, **overlap(out),
+    num_rows, block_d = num_tokens * num_heads, triton.next_power_of_2(head_dim)
+    block_r = max(1, BLOCK // block_d)
+    _reduce_splits_kernel[(triton.cdiv(num_rows, block_r),)](
+        parts, lse, None if order is None else inverse(order), out, num_rows, num_splits,
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, HAS_ORDER=order is not None,
+        BLOCK_R=block_r, BLOCK_D=block_d, CHUNK=CHUNK, **overlap(out),
     )  # fmt: skip
