@@ -45,6 +45,7 @@ def add_parser(programs: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens in front of the first new one; default: 512")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence; default: 128")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt that is timed; default: 2048")
+    parser.add_argument("--step-tokens", type=int, default=2048, help="most tokens of it in a step; default: 2048")
     parser.add_argument("--kv-format", default="fp16", help="of the cache; default: fp16")
     parser.add_argument("--profile", action="store_true", help="also tell what each kernel of a decode step costs")
     parser.add_argument("--device", help="cuda or cpu")
@@ -102,7 +103,7 @@ def _measure(options: argparse.Namespace, device: torch.device, group: Group | N
     model = _load(options, device, group)
     prefill_tokens = min(options.prefill, model.config.max_positions - 1)
     # Before the decode steps, whose profiler may stay in the way of what runs after it.
-    prefill = _prefill(model, prefill_tokens, options.kv_format)
+    prefill = _prefill(model, prefill_tokens, options)
     steps, kernels = _decode(model, options)
     measured = {
         "plan": None if model.plan is None else str(model.plan).splitlines(),
@@ -110,6 +111,7 @@ def _measure(options: argparse.Namespace, device: torch.device, group: Group | N
         "bytes_per_step": _bytes_per_step(model, options),
         "flops_per_step": _flops_per_step(model, options),
         "prefill_tokens": prefill_tokens,
+        "step_tokens": options.step_tokens,
         "prefill_ms": prefill.asdict(),
     }
     return measured if kernels is None else {**measured, "kernels": kernels}
@@ -236,9 +238,16 @@ def _untaken_bytes(model: Model, batch: int) -> int:
     return int(stored * (1 - config.per_token / config.num_experts) ** batch)
 
 
-def _prefill(model: Model, tokens: int, kv_format: str) -> Times:
+def _prefill(model: Model, tokens: int, options: argparse.Namespace) -> Times:
     """Time requests with a prompt of so many tokens, in the steps that serving takes."""
-    generator = Generator(model, kv_format=kv_format, max_tokens=tokens + 1, max_batch=1, prefix_cache=False)
+    generator = Generator(
+        model,
+        kv_format=options.kv_format,
+        max_tokens=tokens + 1,
+        max_batch=1,
+        max_step_tokens=options.step_tokens,
+        prefix_cache=False,
+    )
     rng = random.Random(1)
     prompt = [rng.randrange(model.config.vocab_size) for _ in range(tokens)]
     return time_prompt(generator, prompt, repeats=10 if model.device.type == "cuda" else 3)
