@@ -16,6 +16,9 @@ if environment().interpret:
 
     interpreter.install()
 
+from qinfer.kernels.device import arch
+from qinfer.kernels.tiles import WGMMA
+
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None, suppress_health_check=_SLOW_IS_FINE)
 settings.register_profile("dev", max_examples=200, deadline=None, suppress_health_check=_SLOW_IS_FINE)
@@ -38,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The device on which kernels run here."""
     return torch.device("cuda" if torch.cuda.is_available() and not environment().interpret else "cpu")
+
+
+@pytest.fixture(scope="session")
+def hopper(device: torch.device) -> torch.device:
+    """A GPU whose kernels are written in Gluon, which interpreters do not know."""
+    if arch(device) not in WGMMA:
+        pytest.skip(f"wgmma is an instruction of {', '.join(WGMMA)}")
+    return device
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,7 @@ STEPS = (
     Step("decode B=16 context=1024", (1,) * 16, 1024, compiled=False),
     Step("draft B=4 context=1024", (5,) * 4, 1024),
     Step("prefill T=2048", (2048,), 2048),
+    Step("chunk T=64 context=8192", (64,), 8192, compiled=False),
     Step("mixed T=519", (512, *(1,) * 7), 4096, compiled=False),
 )
 

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qinfer.kernels.attention_blocks import Places, Wanted, find_queries, run_of_tiles
 from qinfer.kernels.attention_products import (
     add_values,
     along_keys,
@@ -42,6 +43,7 @@ from qinfer.kernels.attention_products import (
 )
 from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, runs_at_once, store_rows, store_run
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
+from qinfer.kernels.attention_wgmma import launch_prompt, takes_prompt
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
@@ -105,59 +107,6 @@ def paged_attention_reference(
     return (flat if order is None else flat[:, order.long()]).to(q.dtype)
 
 
-@triton.jit
-def _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q: tl.constexpr):
-    """Return the sequence of a block, and its number within the sequence.
-
-    Sequence b owns the blocks from query_starts[b] // BLOCK_Q + b on, which is never one too few.
-    """
-    i_seq = i_block * 0
-    b_above = i_seq + num_seqs
-    for _ in range(search_steps):
-        b_middle = (i_seq + b_above) // 2
-        is_left = tl.load(p_starts + b_middle) // BLOCK_Q + b_middle <= i_block
-        i_seq = tl.where(is_left, b_middle, i_seq)
-        b_above = tl.where(is_left, b_above, b_middle)
-    return i_seq, i_block - (tl.load(p_starts + i_seq) // BLOCK_Q + i_seq)
-
-
-@triton.jit
-def _find_queries(p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q: tl.constexpr, ONE_BLOCK: tl.constexpr):
-    """Return the sequence of a block, its first token and its length there, its first position and the one behind."""
-    i_seq, i_local = i_block, 0
-    if not ONE_BLOCK:
-        i_seq, i_local = _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q)
-    b_start = tl.load(p_starts + i_seq)
-    b_query_len = tl.load(p_starts + i_seq + 1) - b_start
-    b_context_len = tl.load(p_lens + i_seq)
-    b_first = b_context_len - b_query_len + i_local * BLOCK_Q
-    b_num = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q)
-    b_stop = tl.where(b_num > 0, tl.maximum(tl.minimum(b_first + BLOCK_Q, b_context_len), 0), 0)
-    return i_seq, b_start + i_local * BLOCK_Q, b_num, b_first, b_stop
-
-
-@triton.jit
-def _run_of_tiles(
-    b_first,
-    b_stop,
-    i_split,
-    num_splits,
-    min_tiles,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_LOCKS: tl.constexpr,
-):
-    """Return the first tile of a run, the one behind its last, and how many runs the block has."""
-    b_tile = tl.maximum(b_first - WINDOW + 1, 0) // BLOCK_N if WINDOW > 0 else b_stop * 0
-    b_num_tiles = tl.maximum((b_stop + BLOCK_N - 1) // BLOCK_N - b_tile, 0)
-    b_runs = num_splits
-    if HAS_LOCKS:
-        # Short contexts leave programs without work, which costs less than sharing a few tiles out.
-        b_runs = tl.maximum(tl.minimum(tl.cdiv(b_num_tiles, min_tiles), num_splits), 1)
-    b_tile_start = b_tile + b_num_tiles * tl.minimum(i_split, b_runs) // b_runs
-    return b_tile_start, b_tile + b_num_tiles * tl.minimum(i_split + 1, b_runs) // b_runs, b_runs
-
-
 # The fields of a batch are views into one buffer, at any alignment, and its sizes change from step to step.
 @triton.jit(
     do_not_specialize=["s_table", "num_seqs", "search_steps", "min_tiles"],
@@ -187,7 +136,7 @@ def _paged_attention_kernel(
     # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head, i_split, num_splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    i_seq, b_start, b_num, b_first, b_stop = _find_queries(
+    i_seq, b_start, b_num, b_first, b_stop = find_queries(
         p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q, ONE_BLOCK
     )
     o_m = tl.arange(0, BLOCK_M)
@@ -199,7 +148,7 @@ def _paged_attention_kernel(
     b_own = tl.where(m_row, b_first + o_query, -1)
     o_token = (b_start + o_query).to(tl.int64)
     o_head = i_head * GROUP + o_m % GROUP
-    b_tile_start, b_tile_stop, b_runs = _run_of_tiles(
+    b_tile_start, b_tile_stop, b_runs = run_of_tiles(
         b_first, b_stop, i_split, num_splits, min_tiles, BLOCK_N, WINDOW, HAS_LOCKS
     )
     p_table += i_seq.to(tl.int64) * s_table
@@ -392,26 +341,34 @@ def paged_attention(
         ValueError: A shape, a stride or a device does not fit.
         TypeError: A dtype does not fit.
     """
-    (num_tokens, num_heads, head_dim), (num_kv_heads, page_size) = q.shape, k_pages.codes.shape[1:3]
-    num_seqs, table_width = page_table.shape
-    group = num_heads // num_kv_heads
-    out = torch.empty(num_tokens, num_heads * head_dim, dtype=q.dtype, device=q.device)
-    if num_tokens == 0:
+    out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+    if out.shape[0] == 0:
         return out
+    places, cap = Places(page_table, query_starts, context_lens), None if softcap is None else softcap * LOG2_E
+    wanted = Wanted(max_query_len, scale * LOG2_E, window, cap, order, splits, invariant)
+    launch = launch_prompt if takes_prompt(q, k_pages, v_pages, wanted) else _launch
+    launch(q, k_pages, v_pages, places, wanted, out)
+    return out
+
+
+def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wanted: Wanted, out: Tensor) -> None:
+    """Write attention to out [T, H * D], by the kernel that takes every step."""
+    (num_tokens, num_heads, head_dim), (num_kv_heads, page_size) = q.shape, k_pages.codes.shape[1:3]
+    num_seqs, group, order = len(places.context_lens), num_heads // num_kv_heads, wanted.order
     schemes = (k_pages.codec.scheme, v_pages.codec.scheme)
     # A few queries' tile: one that decode does not waste and that prompts can live with.
-    tile_queries = max(1, INVARIANT_ROWS // group) if invariant else max_query_len
-    is_crowded = num_seqs * num_kv_heads > CROWD * num_sms(q.device) and not invariant
+    tile_queries = max(1, INVARIANT_ROWS // group) if wanted.invariant else wanted.max_query_len
+    is_crowded = num_seqs * num_kv_heads > CROWD * num_sms(q.device) and not wanted.invariant
     itemsize, name = _element_size(q, k_pages, v_pages), arch(q.device)
     tiles = choose_tiles(tile_queries, group, head_dim, page_size, itemsize, schemes, name, is_crowded=is_crowded)
     block_q = tiles.block_m // group
-    one_block = max_query_len <= block_q
+    one_block = wanted.max_query_len <= block_q
     num_blocks = num_seqs if one_block else num_tokens // block_q + num_seqs
-    num_programs, min_tiles, splits = num_blocks * num_kv_heads, 1, 1 if invariant else splits
+    num_programs, min_tiles, splits = num_blocks * num_kv_heads, 1, 1 if wanted.invariant else wanted.splits
     has_locks = tiles.block_m <= 16 and num_programs <= MAX_LOCKS and not is_amd_target(q)
     if splits is None:
-        num_keys = min(table_width * page_size, table_width * page_size if window is None else window + block_q)
-        splits = choose_splits(num_programs, num_keys // tiles.block_n, tiles.residents, q.device)
+        num_tiles = wanted.num_keys(places, page_size, block_q) // tiles.block_n
+        splits = choose_splits(num_programs, num_tiles, tiles.residents, q.device)
         min_tiles = max(1, num_programs // MIN_SHARE)
     parts = lse = locks = None
     if splits > 1:
@@ -420,13 +377,13 @@ def paged_attention(
         locks = locks_of(q.device) if has_locks else None
     block_d = max(16 * max(NUM_PLANES[scheme] for scheme in schemes), triton.next_power_of_2(head_dim))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
-        q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, page_table, query_starts, context_lens,
-        None if order is None else inverse(order), locks, out, parts, lse, scale * LOG2_E,
-        *q.stride()[:2], *_strides(k_pages), *_strides(v_pages), page_table.stride(0),
+        q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, *places,
+        None if order is None else inverse(order), locks, out, parts, lse, wanted.scale,
+        *q.stride()[:2], *_strides(k_pages), *_strides(v_pages), places.page_table.stride(0),
         num_seqs, (num_seqs - 1).bit_length(), min_tiles, K_ROW=k_pages.words.stride(2), V_ROW=v_pages.words.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
-        K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim), WINDOW=window or 0,
-        SOFTCAP=0.0 if softcap is None else softcap * LOG2_E,
+        K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim),
+        WINDOW=wanted.window or 0, SOFTCAP=wanted.softcap or 0.0,
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
         CHUNK=runs_at_once(group, block_d, tiles.num_warps), ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
@@ -435,4 +392,3 @@ def paged_attention(
     )  # fmt: skip
     if parts is not None and lse is not None and not has_locks:
         add_runs(parts, lse, order, out)
-    return out

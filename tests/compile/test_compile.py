@@ -11,12 +11,14 @@ import torch
 
 from qinfer.bench.cases import CASES
 from qinfer.env import settings
+from qinfer.kernels import attention_wgmma
+from qinfer.kernels.attention_blocks import Wanted
 from qinfer.kernels.matmul import segments_of
 from qinfer.kernels.operand import FIELDS, MIN_STEP
 from qinfer.kernels.tiles import TABLES, Tile, has_wgmma_tile, shapes_of
 from tests.compile.report import Report, compile_for
 from tests.compile.targets import KIB, TARGETS, followers
-from tests.compile.tiles import odd_cases, tile_cases
+from tests.compile.tiles import odd_cases, prompt_cases, tile_cases
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
@@ -50,6 +52,17 @@ def test_odd_sizes_are_cases_of_the_kernel_for_hopper() -> None:
         assert has_wgmma_tile("sm_90", x.shape[0], operand.out_features, shapes_of(segments_of(operand)))
         assert all(segment.in_features % MIN_STEP for segment in segments_of(operand))
     assert odd_cases(TARGETS["sm_80"]) == []
+
+
+def test_prompts_of_all_kinds_are_cases_of_the_kernel_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_wgmma, "arch", lambda _: "sm_90")
+    cases = prompt_cases(TARGETS["sm_90"])
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        (q, keys, values, *_), options = case.make(torch.device("cpu"), "empty")
+        wanted = Wanted(**options, splits=None, invariant=False)
+        assert attention_wgmma.takes_prompt(q, keys, values, wanted)
+    assert prompt_cases(TARGETS["sm_80"]) == []
 
 
 def _report(target: str, **changes: Any) -> Report:

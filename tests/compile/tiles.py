@@ -1,4 +1,4 @@
-"""What one GPU alone compiles, as cases: the rows of its tile table, and matrices of odd sizes for its own kernel."""
+"""What one GPU alone compiles, as cases: the rows of its tile table, and odd sizes for kernels of its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import product
 import torch
 
 from qinfer.bench.case import Arguments, Case
-from qinfer.bench.maker import Fill, Maker
-from qinfer.bench.shapes import HALVES, Matrix, Stored
+from qinfer.bench.maker import PAGE_SIZE, Fill, Maker
+from qinfer.bench.shapes import HALVES, HEADS, LLAMA, Matrix, Shape, Stored, Variant
 from qinfer.kernels.operand import FIELDS, SegmentedOperand
 from qinfer.kernels.tiles import WGMMA, Tile, _table
 from tests.compile.targets import Target
@@ -43,6 +43,19 @@ def odd_cases(target: Target) -> list[Case]:
     ]
 
 
+def prompt_cases(target: Target) -> list[Case]:
+    """Return cases of `attention_wgmma.py` that no model of the others has: runs of keys, padded heads, all options."""
+    if target.name not in WGMMA:
+        return []
+    shapes = (LLAMA, *(shape for shape, _ in HEADS if shape.head_dim < 128))
+    wanted = [(shape, tokens, Variant()) for shape, tokens in product(shapes, (100, 4096))]
+    wanted += [(LLAMA, 4096, Variant(order=True)), (LLAMA, 4096, Variant(window=1000, softcap=50.0))]
+    return [
+        Case("paged_attention", f"{one[0].name} T={one[1]} of 8192{one[2].name}", partial(_prompt, *one))
+        for one in wanted
+    ]
+
+
 def once_cut(tile: Tile) -> Tile:
     """Return the tile with at most two parts of K."""
     return replace(tile, split_k=min(tile.split_k, 2))
@@ -60,3 +73,15 @@ def _odd(widths: tuple[int, ...], rows: int, group_size: int, device: torch.devi
     planes = [m.planes(replace(MATRIX, k=ODD_K), one, torch.float16) for one in stored]
     operand = planes[0] if len(planes) == 1 else SegmentedOperand(tuple(planes))
     return (m.normal(rows, ODD_K * len(planes), dtype=torch.float16), operand), {}
+
+
+def _prompt(shape: Shape, tokens: int, variant: Variant, device: torch.device, fill: Fill) -> Arguments:
+    m, width = Maker(device, fill), 8192 // PAGE_SIZE
+    q = m.normal(tokens, shape.heads, shape.head_dim, dtype=torch.float16)
+    table = m.permutation(width)
+    assert table is not None
+    keys, values = (m.pages(shape, width, "fp16") for _ in range(2))
+    places = (table.view(1, width), m.steps([0, tokens]), m.steps([8192]))
+    options = {"window": variant.window, "softcap": variant.softcap}
+    options["order"] = m.permutation(shape.heads * shape.head_dim, wanted=variant.order)
+    return (q, keys, values, *places), {"max_query_len": tokens, "scale": shape.head_dim**-0.5, **options}

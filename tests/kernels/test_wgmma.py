@@ -17,14 +17,12 @@ from qinfer.kernels import matmul as module
 from qinfer.kernels import wgmma
 from qinfer.kernels.codes import num_steps
 from qinfer.kernels.dequant import dequantize
-from qinfer.kernels.device import arch
 from qinfer.kernels.matmul import matmul, matmul_parts
 from qinfer.kernels.operand import FIELDS
 from qinfer.kernels.tiles import (
     FUSED_ROWS,
     LEAN_ROWS,
     TABLES,
-    WGMMA,
     SegmentShape,
     Tile,
     has_wgmma_tile,
@@ -37,13 +35,6 @@ from tests.kernels.operands import plane_operand, segmented_operand
 from tests.strategies import random_tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def hopper(device: torch.device) -> torch.device:
-    if arch(device) not in WGMMA:
-        pytest.skip(f"wgmma is an instruction of {', '.join(WGMMA)}")
-    return device
 
 
 @pytest.mark.gpu
