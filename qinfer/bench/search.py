@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
-from qinfer.kernels.tiles import Product, Tile
+from qinfer.kernels.tiles import WIDE_ROWS, Product, Tile
 
 # Tiles that differ from the table -> milliseconds of the step, or infinity.
 Clock = Callable[[Mapping[Product, Tile]], float]
@@ -27,6 +27,7 @@ _COLUMNS_AND_WARPS = {  # of tiles with so many rows
     64: ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8)),
 }
 _WGMMA_COLUMNS_AND_WARPS = ((64, 4), (128, 4), (128, 8), (256, 4), (256, 8))
+_WIDE_WGMMA_COLUMNS_AND_WARPS = ((64, 4), (128, 8))  # more sums do not fit the registers
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
 
 def wgmma_candidates(m: int, n: int, k: int, sms: int) -> Iterator[Tile]:
     """Yield tiles of the kernel for Hopper: where `has_wgmma_tile`, no other was ever faster (benchmarks/LOG.md)."""
-    block_m = max(8, 1 << (m - 1).bit_length())
-    for (block_n, warps), stages, late in itertools.product(_WGMMA_COLUMNS_AND_WARPS, (3, 4, 5), (True, False)):
+    block_m = max(8, min(WIDE_ROWS, 1 << (m - 1).bit_length()))
+    shapes = _WIDE_WGMMA_COLUMNS_AND_WARPS if block_m == WIDE_ROWS else _WGMMA_COLUMNS_AND_WARPS
+    for (block_n, warps), stages, late in itertools.product(shapes, (3, 4, 5), (True, False)):
         for split_k in _splits(block_m, block_n, m, n, k, sms):
             yield Tile(block_m, block_n, split_k, warps, stages, wgmma=True, late=late)
 

@@ -34,7 +34,19 @@ from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import arch, default_device, num_sms
 from qinfer.kernels.matmul import matmul
 from qinfer.kernels.operand import PlaneOperand
-from qinfer.kernels.tiles import MEASURED, TABLES, Product, SegmentShape, Tile, bucket, has_wgmma_tile, trial
+from qinfer.kernels.tiles import (
+    FUSED_ROWS,
+    MEASURED,
+    TABLES,
+    WGMMA,
+    Product,
+    SegmentShape,
+    Tile,
+    bucket,
+    has_wgmma_tile,
+    trial,
+    wgmma_fits,
+)
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.model import Model
 
@@ -134,10 +146,13 @@ class Step:
         """Return the tiles to try for a matrix."""
         device = self.model.device
         shape = key.m_max, key.n, key.k, num_sms(device)
-        if has_wgmma_tile(arch(device), key.m_max, key.n, [SegmentShape(key.k, key.bits, key.group_size)]):
+        segments = [SegmentShape(key.k, key.bits, key.group_size)]
+        if has_wgmma_tile(arch(device), key.m_max, key.n, segments):
             return list(wgmma_candidates(*shape))
-        tiles = candidates(*shape)
-        return [tile for tile in tiles if not tile.scaled or arch(device) in MEASURED]
+        tiles = [tile for tile in candidates(*shape) if not tile.scaled or arch(device) in MEASURED]
+        # Of many rows some products are faster by one kernel and some by the other.
+        has_both = key.m_max > FUSED_ROWS and arch(device) in WGMMA and wgmma_fits(key.n, segments)
+        return [*tiles, *wgmma_candidates(*shape)] if has_both else tiles
 
     def run(self) -> Tensor:
         """Run the step."""

@@ -28,6 +28,7 @@ LEAN_PART, MIN_PART = 256, 512  # features of K that a program keeps
 LEAN_ROWS, LEAN_BITS = 8, (2, 4, 6, 8)
 FEW_ROWS = 16  # the smallest tile elsewhere
 FUSED_ROWS = 64  # up to here every product has a tile, on every GPU
+WIDE_ROWS = 128  # of the largest tiles
 # Rows of a program. Without tensor cores that read their second operand from shared memory, more than 32 rows of sums
 # beside the unpacked weights do not fit the registers.
 MAX_ROWS = {"sm_90": 64, "sm_100": 64}
@@ -143,6 +144,8 @@ def lookup(
         groups = cuts(segments)
         max_rows = min(MAX_ROWS.get(arch, 32), tensor_rows(arch, groups))
         return rule(num_sms, m, n, k, widths, max_rows=max_rows, cuts=groups)
+    if takes_wide_wgmma(arch, num_sms, m, n, segments, has_offsets):
+        return wide_wgmma_rule(num_sms, m, n, k)
     if arch in MEASURED and m <= 2 * wide_rows(widths):
         return wide_rule(num_sms, m, n, k, widths, is_lean=whole >= MIN_STEP and not has_offsets)
     return None
@@ -279,9 +282,32 @@ def wgmma_rule(num_sms: int, m: int, n: int, segments: Sequence[SegmentShape]) -
     return Tile(block_m, block_n, split_k, 4, stages, wgmma=True, late=late)
 
 
+def takes_wide_wgmma(
+    arch: str, num_sms: int, m: int, n: int, segments: Sequence[SegmentShape], has_offsets: bool
+) -> bool:
+    """Return whether more than FUSED_ROWS rows take `wide_wgmma_rule`: of more programs others are faster.
+
+    What else the kernel takes, other widths, offsets and small groups, nobody has measured with so many rows.
+    """
+    is_measured = not has_offsets and all(
+        one.bits == 4 and (one.group_size % MIN_STEP == 0 or one.group_size >= one.k) for one in segments
+    )
+    fits = is_measured and m <= 2 * WIDE_ROWS and wgmma_fits(n, segments)
+    return arch in WGMMA and fits and -(-n // 128) * -(-m // WIDE_ROWS) <= num_sms
+
+
+def wide_wgmma_rule(num_sms: int, m: int, n: int, k: int) -> Tile:
+    """Return a reasonable tile of the kernel of `wgmma.py` for more than FUSED_ROWS rows.
+
+    One program of eight warps per multiprocessor: two groups of them take turns at the tensor cores and at unpacking.
+    """
+    programs = -(-n // 128) * -(-m // WIDE_ROWS)
+    return Tile(WIDE_ROWS, 128, max(1, min(num_sms // programs, k // MIN_PART, 4)), 8, 3, wgmma=True, late=True)
+
+
 def wide_rows(widths: tuple[int, ...]) -> int:
     """Return the rows of a wide tile: half of them where steps of K are long, for a step of x is kept."""
-    return 64 if has_long_steps(widths) else 128
+    return WIDE_ROWS // 2 if has_long_steps(widths) else WIDE_ROWS
 
 
 def wide_rule(num_sms: int, m: int, n: int, k: int, widths: tuple[int, ...], *, is_lean: bool) -> Tile:

@@ -1,4 +1,4 @@
-"""The product of `plane_part.py` for up to 64 rows on Hopper, in Gluon: weights are unpacked while `wgmma` runs.
+"""The product of `plane_part.py` for up to 256 rows on Hopper, in Gluon: weights are unpacked while `wgmma` runs.
 
     sums[n, m] = sum_k x[m, k] W[n, k],   k in one of the parts of K
 

@@ -94,7 +94,7 @@ def test_candidates_fit_the_matrix() -> None:
 
 
 def test_candidates_for_hopper_are_those_of_its_kernel() -> None:
-    for m, rows in ((1, 8), (8, 8), (9, 16), (64, 64)):
+    for m, rows in ((1, 8), (8, 8), (9, 16), (64, 64), (65, 128), (256, 128)):
         found = list(wgmma_candidates(m, 28672, 4096, 132))
         assert len(set(found)) == len(found)
         assert {tile.block_m for tile in found} == {rows}
@@ -176,6 +176,9 @@ def test_a_step_is_timed_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None
     for bits, group_size, is_wgmma in ((4, 128, True), (4, 32, True), (4, 16, False), (2, 128, False)):
         choices = step.choices(key._replace(bits=bits, group_size=group_size))
         assert {tile.wgmma for tile in choices} == {is_wgmma}
+    for group_size, kinds in ((128, {True, False}), (16, {False})):
+        many = step.choices(key._replace(m_max=128, group_size=group_size))
+        assert {tile.wgmma for tile in many} == kinds, "many rows try both kernels, where both take the matrix"
 
 
 @pytest.mark.parametrize(

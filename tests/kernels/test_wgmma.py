@@ -27,6 +27,7 @@ from qinfer.kernels.tiles import (
     Tile,
     has_wgmma_tile,
     lookup,
+    takes_wide_wgmma,
     wgmma_fits,
     wgmma_rule,
 )
@@ -58,6 +59,8 @@ DTYPES = (torch.float16, torch.bfloat16)
         Tile(32, 128, 1, 8, 3, wgmma=True, late=True),
         Tile(64, 128, 2, 4, 3, wgmma=True, late=True),
         Tile(64, 64, 4, 4, 4, wgmma=True, late=True),
+        Tile(128, 128, 2, 8, 3, wgmma=True, late=True),
+        Tile(128, 64, 1, 4, 3, wgmma=True),
     ],
     ids=str,
 )
@@ -176,6 +179,42 @@ def test_the_tables_ask_for_it_only_where_it_fits(
     assert not elsewhere.wgmma
     if tile.wgmma:
         assert tile.block_m >= m
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "split_k"),
+    [
+        (65, 4096, 4096, 4),
+        (128, 6144, 4096, 2),
+        (128, 10240, 8192, 1),
+        (128, 16896, 4096, 1),
+        (128, 16912, 4096, None),
+        (129, 8192, 28672, 1),
+        (256, 4096, 14336, 2),
+        (256, 10240, 8192, None),
+        (257, 4096, 4096, None),
+    ],
+)
+def test_many_rows_take_it_where_all_programs_run_at_once(m: int, n: int, k: int, split_k: int | None) -> None:
+    segments = (SegmentShape(k, 4, 128),)
+    tile = lookup("sm_90", 132, m, n, segments, False)
+    assert takes_wide_wgmma("sm_90", 132, m, n, segments, False) == (split_k is not None)
+    if split_k is None:
+        assert tile is None or not tile.wgmma
+    else:
+        assert tile == Tile(128, 128, split_k, 8, 3, wgmma=True, late=True)
+        assert -(-n // 128) * -(-m // 128) * split_k <= 132
+    others: list[tuple[tuple[SegmentShape, ...], bool]] = [
+        (segments, True),
+        ((SegmentShape(k, 6, 128),), False),
+        ((SegmentShape(k, 4, 64),), False),
+        ((SegmentShape(k // 2, 4, 128), SegmentShape(k // 2, 3, 128)), False),
+    ]
+    for unmeasured, has_offsets in others:
+        other = lookup("sm_90", 132, m, n, unmeasured, has_offsets)
+        assert other is None or not other.wgmma
+    elsewhere = lookup("sm_80", 108, m, n, segments, False)
+    assert elsewhere is None
 
 
 @pytest.mark.parametrize(
