@@ -1,14 +1,14 @@
-"""Attention of prompts on Hopper, in Gluon: two groups of warps take turns at the tensor cores, a third one fetches.
+"""Attention of prompts on Hopper, in Gluon: two warpgroups take turns at the tensor cores, a third one fetches.
 
 The mathematics, the blocks of queries and the runs of keys are those of `attention.py`, over pages of 16 bits. A block
-has 128 rows of queries, 64 for each of two groups of warps, which walk over the tiles of keys from the last to the
-first. A group multiplies its queries by the keys of the next tile and the weights of the last one by their values, and
-then computes its softmax, 64 exponentials in a thread, while the tensor cores work for the other group: nothing makes
-the two wait for each other. (Within a group the softmax could run beside the product with values, too. ptxas waits for
-both products together, whatever PTX says.)
+has 128 rows of queries, 64 for each of two warpgroups, which walk over the tiles of keys from the last to the first. A
+warpgroup multiplies its queries by the keys of the next tile and the weights of the last one by their values, and then
+computes its softmax, 64 exponentials in a thread, while the tensor cores work for the other one: nothing makes the two
+wait for each other. (Within a warpgroup the softmax could run beside the product with values, too. ptxas waits for both
+products together, whatever PTX says.)
 
-Four more warps with few registers fetch the tiles into a ring of keys and one of values. A barrier of each tile tells
-when it is there, counted by the copies themselves, and one when both groups are done with it. What one proxy has
+A third warpgroup with few registers fetches the tiles into a ring of keys and one of values. A barrier of each tile
+tells when it is there, counted by the copies themselves, and one when both others are done with it. What one proxy has
 written and the other reads, `wgmma`, is fenced by the readers.
 
 Weights travel from one turn to the next as pairs in 32 bits: carried one by one, they would be taken apart and put
@@ -49,14 +49,14 @@ STAGES = gl.constexpr(2)
 FEW_ROWS = 64  # up to here smaller tiles waste less
 MAX_HEAD_DIM = 256
 MIN_PAGE = 64  # the smaller of two tiles of keys, each of which lies in one page
-_GROUP_ROWS = gl.constexpr(64)
+_ROWS = gl.constexpr(64)  # of a warpgroup
 _WARPS = gl.constexpr(4)
 _FETCHING = gl.constexpr(32 * 4)  # threads
 
 
 @gluon.constexpr_function
 def _sums(columns):
-    """Return the layout of a group's scores or sums, [64, columns]."""
+    """Return the layout of a warpgroup's scores or sums, [64, columns]."""
     return gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, columns, 16])
 
 
@@ -124,8 +124,8 @@ def _softmax(
 
 @gluon.jit
 def _rows_of(part, i_head, b_start, b_num, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Return the query, the token and the head of each of a group's rows, and whether there is such a query."""
-    o_m = part * _GROUP_ROWS + gl.arange(0, _GROUP_ROWS, LAYOUT)
+    """Return the query, the token and the head of each of a warpgroup's rows, and whether there is such a query."""
+    o_m = part * _ROWS + gl.arange(0, _ROWS, LAYOUT)
     o_query = o_m // GROUP
     m_row = (o_query < BLOCK_M // GROUP) & (o_query < b_num)
     return o_query, (b_start + o_query).to(gl.int64), i_head * GROUP + o_m % GROUP, m_row
@@ -136,7 +136,7 @@ def _fetch(
     rings, pages, p_table, b_tile_start, b_tile_stop, b_stop,
     HEAD_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
 ):  # fmt: skip
-    """Fetch the tiles of keys and values, from the last to the first: what the third group of warps does."""
+    """Fetch the tiles of keys and values, from the last to the first: what the third warpgroup does."""
     s_k, s_v, k_there, k_done, v_there, v_done = rings
     p_k, p_v, s_k_page, s_v_page = pages
     BLOCK_N: gl.constexpr = s_k.shape[1]
@@ -208,12 +208,12 @@ def _walk(
     BLOCK_D: gl.constexpr = s_k.shape[2]
     SCORES: gl.constexpr = _sums(BLOCK_N)
     SUMS: gl.constexpr = _sums(BLOCK_D)
-    b_max = gl.full([_GROUP_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    b_sum = gl.zeros([_GROUP_ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-    b_acc = gl.zeros([_GROUP_ROWS, BLOCK_D], gl.float32, SUMS)
+    b_max = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    b_sum = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    b_acc = gl.zeros([_ROWS, BLOCK_D], gl.float32, SUMS)
     num_tiles = b_tile_stop - b_tile_start
     if num_tiles > 0:
-        b_scores = gl.zeros([_GROUP_ROWS, BLOCK_N], gl.float32, SCORES)
+        b_scores = gl.zeros([_ROWS, BLOCK_N], gl.float32, SCORES)
         mbarrier.wait(k_there.index(0), 0)
         fence_async_shared()
         b_scores = warpgroup_mma(s_q, s_k.index(0).permute((1, 0)), b_scores, use_acc=False, is_async=True)
@@ -257,7 +257,7 @@ def _attend(
     GROUP: gl.constexpr, NUM_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
     IS_SPLIT: gl.constexpr, HAS_ORDER: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """Attend with half of a block's rows: what the first and the second group of warps do."""
+    """Attend with half of a block's rows: what the first two warpgroups do."""
     p_q, s_q_token, s_q_head = queries
     p_out, p_inverse, p_parts, p_lse = outputs
     i_head, b_start, b_num, b_first = place
@@ -328,8 +328,8 @@ def _prompt_attention_kernel(
     DTYPE: gl.constexpr = p_k.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    s_q0 = gl.allocate_shared_memory(DTYPE, [_GROUP_ROWS, BLOCK_D], TILE)
-    s_q1 = gl.allocate_shared_memory(DTYPE, [_GROUP_ROWS, BLOCK_D], TILE)
+    s_q0 = gl.allocate_shared_memory(DTYPE, [_ROWS, BLOCK_D], TILE)
+    s_q1 = gl.allocate_shared_memory(DTYPE, [_ROWS, BLOCK_D], TILE)
     s_k = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, BLOCK_D], TILE)
     s_v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, BLOCK_D], TILE)
     k_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -371,7 +371,7 @@ def _prompt_attention_kernel(
             (_fetch, (rings, pages, p_table, b_tile_start, b_tile_stop, b_stop, HEAD_DIM, PAGE_SIZE, K_ROW, V_ROW)),
         ],
         [_WARPS, _WARPS],
-        [224, 56],  # of the 504 registers that three such groups have; the first one gets what is left
+        [224, 56],  # of the 504 registers that three warpgroups have; the first one gets what is left
     )  # fmt: skip
 
 
