@@ -41,7 +41,16 @@ from qinfer.kernels.attention_products import (
     scores,
     turned,
 )
-from qinfer.kernels.attention_reduce import MAX_LOCKS, add_runs, inverse, locks_of, runs_at_once, store_rows, store_run
+from qinfer.kernels.attention_reduce import (
+    MAX_LOCKS,
+    add_runs,
+    inverse,
+    locks_of,
+    room_for_runs,
+    runs_at_once,
+    store_rows,
+    store_run,
+)
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
 from qinfer.kernels.attention_wgmma import launch_prompt, takes_prompt
 from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
@@ -370,11 +379,8 @@ def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wante
         num_tiles = wanted.num_keys(places, page_size, block_q) // tiles.block_n
         splits = choose_splits(num_programs, num_tiles, tiles.residents, q.device)
         min_tiles = max(1, num_programs // MIN_SHARE)
-    parts = lse = locks = None
-    if splits > 1:
-        parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
-        locks = locks_of(q.device) if has_locks else None
+    parts, lse = room_for_runs(q, splits)
+    locks = locks_of(q.device) if has_locks and parts is not None else None
     block_d = max(16 * max(NUM_PLANES[scheme] for scheme in schemes), triton.next_power_of_2(head_dim))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
         q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, *places,

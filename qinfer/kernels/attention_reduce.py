@@ -200,6 +200,15 @@ def runs_at_once(group: int, block_d: int, num_warps: int) -> int:
     return max(1, min(MAX_SPLITS, CHUNK_PER_WARP * num_warps // (heads * block_d)))
 
 
+def room_for_runs(q: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return parts [T, H, runs, D] and lse [T, H, runs], fp32, for queries q [T, H, D]; None for a single run."""
+    if splits == 1:
+        return None, None
+    num_tokens, num_heads, head_dim = q.shape
+    parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
+    return parts, torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
+
+
 def add_runs(parts: Tensor, lse: Tensor, order: Tensor | None, out: Tensor) -> None:
     """Launch the kernel that adds up all runs, after the one that made them.
 

@@ -22,7 +22,6 @@ the reference.
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -36,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from qinfer.kernels.attention_blocks import Places, Wanted, find_queries, run_of_tiles
-from qinfer.kernels.attention_reduce import add_runs, inverse
+from qinfer.kernels.attention_reduce import add_runs, inverse, room_for_runs
 from qinfer.kernels.attention_tiles import choose_splits
 from qinfer.kernels.device import arch
 from qinfer.kernels.kv_codec import KVPages
@@ -403,10 +402,7 @@ def launch_prompt(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places,
         # At most so many have queries; the grid has room for one more.
         num_programs = (triton.cdiv(num_tokens, block_q) + num_seqs - 1) * num_kv_heads
         splits = choose_splits(num_programs, num_tiles, 1, q.device)
-    parts = lse = None
-    if splits > 1:
-        parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
+    parts, lse = room_for_runs(q, splits)
     _prompt_attention_kernel[num_blocks, num_kv_heads, splits](
         q, k_pages.words, v_pages.words, *places, None if order is None else inverse(order), out, parts, lse,
         wanted.scale, *q.stride()[:2], *k_pages.words.stride()[:2], *v_pages.words.stride()[:2],
