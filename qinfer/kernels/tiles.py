@@ -299,7 +299,7 @@ def takes_wide_wgmma(
 def wide_wgmma_rule(num_sms: int, m: int, n: int, k: int) -> Tile:
     """Return a reasonable tile of the kernel of `wgmma.py` for more than FUSED_ROWS rows.
 
-    One program of two warpgroups per multiprocessor, which take turns at the tensor cores and at unpacking.
+    One program of two warpgroups per multiprocessor, and K is cut until each has one.
     """
     programs = -(-n // 128) * -(-m // WIDE_ROWS)
     return Tile(WIDE_ROWS, 128, max(1, min(num_sms // programs, k // MIN_PART, 4)), 8, 3, wgmma=True, late=True)
