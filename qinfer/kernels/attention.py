@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.attention_blocks import Places, Wanted, find_queries, run_of_tiles
+from qinfer.kernels.attention_blocks import MAX_HEAD_DIM, Places, Wanted, find_queries, run_of_tiles
 from qinfer.kernels.attention_products import (
     add_values,
     along_keys,
@@ -59,7 +59,6 @@ from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
 from qinfer.kernels.kv_tile import has_scales, load_scales, log2_of, num_planes
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
-MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 INVARIANT_ROWS = 32
 CROWD = 3  # programs of decode that fit a multiprocessor with three stages of plain pages

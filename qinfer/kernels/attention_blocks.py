@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MAX_HEAD_DIM = 256  # of every kernel of attention
+
 
 class Places(NamedTuple):
     """Where the sequences of a step are; all int32."""

@@ -176,6 +176,13 @@ def _load_tile(
 
 
 @triton.jit
+def capped(b_scores, factor, SOFTCAP: tl.constexpr):
+    """Cap scores that are still to be multiplied by a factor: SOFTCAP tanh(factor score / SOFTCAP)."""
+    # tanh by exp2, which ends in 1 and -1 where it leaves the range; 2.885 is 2 log2(e).
+    return SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(b_scores * (factor * (2.8853900817779268 / SOFTCAP)))))
+
+
+@triton.jit
 def scores(
     b_q, b_factor, b_offset, p_page, p_scale, o_scale, o_row, m_key, ROW: tl.constexpr, DTYPE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr, SOFTCAP: tl.constexpr, PTX: tl.constexpr,
@@ -195,10 +202,7 @@ def scores(
         b_scores *= b_factors
     if has_scales(SCHEME):
         b_scores *= along_keys(load_scales(p_scale, o_scale, o_row, m_key), KEYS_FIRST)
-    if SOFTCAP > 0:
-        # tanh by exp2, which ends in 1 and -1 where it leaves the range; 2.885 is 2 log2(e).
-        b_scores = SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(b_scores * (2.8853900817779268 / SOFTCAP))))
-    return b_scores
+    return capped(b_scores, 1.0, SOFTCAP) if SOFTCAP > 0 else b_scores
 
 
 @triton.jit

@@ -34,7 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qinfer.kernels.attention_blocks import Places, Wanted, find_queries, run_of_tiles
+from qinfer.kernels.attention_blocks import MAX_HEAD_DIM, Places, Wanted, find_queries, run_of_tiles
+from qinfer.kernels.attention_products import capped
 from qinfer.kernels.attention_reduce import add_runs, inverse, room_for_runs
 from qinfer.kernels.attention_tiles import choose_splits
 from qinfer.kernels.device import arch
@@ -46,7 +47,6 @@ from qinfer.kernels.wgmma import copy_to_shared
 BLOCK_M = gl.constexpr(128)  # rows of queries: tokens times the query heads of a KV head
 STAGES = gl.constexpr(2)
 FEW_ROWS = 64  # up to here smaller tiles waste less
-MAX_HEAD_DIM = 256
 MIN_PAGE = 64  # the smaller of two tiles of keys, each of which lies in one page
 _ROWS = gl.constexpr(64)  # of a warpgroup
 _WARPS = gl.constexpr(4)
@@ -100,8 +100,7 @@ def _softmax(
     """Take a tile of scores into the softmax; return its weights, and how much those of the tiles before count now."""
     BLOCK_N: gl.constexpr = b_scores.shape[1]
     if SOFTCAP > 0:
-        # As in `attention_products.scores`; what comes out is in units of log 2.
-        b_scores = SOFTCAP * (1.0 - 2.0 / (1.0 + gl.exp2(b_scores * (scale * (2.8853900817779268 / SOFTCAP)))))
+        b_scores = capped(b_scores, scale, SOFTCAP)
         scale = 1.0
     if MASKED:
         # Of keys the numbers within the tile, which the compiler knows.
@@ -143,7 +142,7 @@ def _fetch(
     COPY: gl.constexpr = _copies(BLOCK_D)
     o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY))[:, None]
     o_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY))[None, :]
-    m_d = (o_d < HEAD_DIM) & (o_row >= 0)
+    m_d = o_d < HEAD_DIM
     o_keys, o_values = o_row * K_ROW + o_d, o_row * V_ROW + o_d
     num_tiles = b_tile_stop - b_tile_start
     b_page = gl.load(p_table + (b_tile_stop - 1) * BLOCK_N // PAGE_SIZE, mask=num_tiles > 0, other=0)
