@@ -16,6 +16,7 @@ from qinfer.bench.expert_cases import register_experts
 from qinfer.bench.maker import PAGE_SIZE, Maker
 from qinfer.bench.shapes import (
     CODED,
+    FP16,
     FP32,
     G128,
     HALVES,
@@ -174,6 +175,19 @@ def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
         return (q, k_pages, v_pages, *tables), {**keywords, "order": m.permutation(q[0].numel(), wanted=order)}
 
 
+def _kv_decode_case(s: Shape, k_codec: str, v_codec: str) -> None:
+    """All that a prompt of 8,192 tokens sees."""
+    width = 8192 // PAGE_SIZE
+
+    @case("kv_decode", f"{s.name} context=8192 k{k_codec} v{v_codec}", compiled=s is LLAMA)
+    def _(m: Maker) -> Arguments:
+        table = m.permutation(width)
+        assert table is not None
+        tables = (table.view(1, width), m.steps([0, 2048]), m.steps([8192]))
+        pages = (m.pages(s, width, codec) for codec in (k_codec, v_codec))
+        return (*tables, *pages), {"dtype": FP16, "max_pages": width}
+
+
 def _matmul_case(matrix: Matrix, stored: Stored, t: int, half: str, *, compiled: bool) -> None:
     name = f"{matrix.name} T={t} {half} {stored.name}{' bias' if matrix.bias else ''}"
 
@@ -313,6 +327,9 @@ def _register() -> None:
             _attention_case(s, half, step, variant)
     for s, half, step, variant in product((LLAMA, TINY), HALVES, STEPS, CODED):
         _attention_case(s, half, step, variant)
+    for s, variant in product((LLAMA, TINY), CODED):
+        assert variant.codecs is not None
+        _kv_decode_case(s, *variant.codecs)
     for s, codec in HEADS:
         _attention_case(s, "fp16", STEPS[0], Variant(codecs=(codec, codec)))
     for s, t, half in product(SHAPES, (1, 4, 16, 64, 256, 2048), HALVES):

@@ -30,7 +30,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.attention_blocks import MAX_HEAD_DIM, Places, Wanted, find_queries, run_of_tiles
+from qinfer.kernels.attention_blocks import (
+    EVERY,
+    LEFT_OVER,
+    MAX_HEAD_DIM,
+    PROMPT,
+    STREAM,
+    Places,
+    Wanted,
+    find_queries,
+    is_idle,
+    run_of_tiles,
+)
+from qinfer.kernels.attention_decoded import decode_prompts
 from qinfer.kernels.attention_products import (
     add_values,
     along_keys,
@@ -62,6 +74,8 @@ from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 MAX_GROUP = 64
 INVARIANT_ROWS = 32
 CROWD = 3  # programs of decode that fit a multiprocessor with three stages of plain pages
+MIN_MIXED = 64  # tokens of a step of several sequences, from which on streams have a launch of their own
+STREAM_ROWS = 8  # queries of all heads of a KV head, up to which a sequence is a stream: the tile of decode
 MIN_SHARE = 16  # programs for each tile that a run must have: few sequences are cut finely, many are not
 MIN_SCALE = tl.constexpr(2.0**-64)  # that the softmax shifts by; weights stay below 2^64
 LOG2_E = 1.4426950408889634
@@ -121,7 +135,7 @@ def paged_attention_reference(
     do_not_specialize_on_alignment=["p_table", "p_starts", "p_lens"],
 )
 def _paged_attention_kernel(
-    p_q, p_k, p_k_scale, p_v, p_v_scale, p_table, p_starts, p_lens, p_inverse, p_locks,
+    p_q, p_k, p_k_scale, p_v, p_v_scale, p_table, p_starts, p_lens, p_roles, p_inverse, p_locks,
     p_out,  # [T, H * D], in the order of p_inverse
     p_parts,  # [T, H, runs, D] fp32, if there are several
     p_lse,  # [T, H, runs] fp32
@@ -136,16 +150,18 @@ def _paged_attention_kernel(
     HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,  # the last program of a block to arrive adds up its runs
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr,  # every sequence fits one query block; see the products
-    PTX: tl.constexpr, OVERLAP: tl.constexpr,
+    ROLE: tl.constexpr, FEW: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     DTYPE: tl.constexpr = tl.float32 if p_q.dtype.element_ty == tl.float32 else tl.float16
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    if is_idle(p_roles, num_seqs, ROLE, OVERLAP):
+        return
     # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head, i_split, num_splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     i_seq, b_start, b_num, b_first, b_stop = find_queries(
-        p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q, ONE_BLOCK
+        p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q, ONE_BLOCK, p_roles, ROLE, FEW
     )
     o_m = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -237,11 +253,6 @@ def _paged_attention_kernel(
             store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
     else:
         store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
-
-
-def _strides(pages: KVPages) -> tuple[int, ...]:
-    """Return the strides of a page and a head, and of a page of scales."""
-    return (*pages.words.stride()[:2], 0 if pages.scales is None else pages.scales.stride(0))
 
 
 def _element_size(q: Tensor, k_pages: KVPages, v_pages: KVPages) -> int:
@@ -354,9 +365,28 @@ def paged_attention(
         return out
     places, cap = Places(page_table, query_starts, context_lens), None if softcap is None else softcap * LOG2_E
     wanted = Wanted(max_query_len, scale * LOG2_E, window, cap, order, splits, invariant)
-    launch = launch_prompt if takes_prompt(q, k_pages, v_pages, wanted) else _launch
-    launch(q, k_pages, v_pages, places, wanted, out)
+    few = _most_of_a_stream(q, k_pages, places, wanted)
+    prompts = wanted._replace(role=(PROMPT if few else EVERY).value, few=few)
+    # Prompts first: what adds up their runs writes all rows.
+    decoded = decode_prompts(q, k_pages, v_pages, places, prompts)
+    if decoded is not None:
+        some = prompts._replace(role=PROMPT.value, roles=decoded.roles)
+        launch_prompt(q, decoded.keys, decoded.values, places._replace(page_table=decoded.page_table), some, out)
+        if decoded.may_be_full:
+            _launch(q, k_pages, v_pages, places, some._replace(role=LEFT_OVER.value), out)
+    else:
+        launch = launch_prompt if takes_prompt(q, k_pages, v_pages, wanted) else _launch
+        launch(q, k_pages, v_pages, places, prompts, out)
+    if few:
+        _launch(q, k_pages, v_pages, places, prompts._replace(max_query_len=few, role=STREAM.value), out)
     return out
+
+
+def _most_of_a_stream(q: Tensor, k_pages: KVPages, places: Places, wanted: Wanted) -> int:
+    """Return the most query tokens of sequences that get a launch of their own beside prompts; 0: nobody gets one."""
+    few = max(1, STREAM_ROWS * k_pages.codes.shape[1] // q.shape[1])
+    is_mixed = len(places.context_lens) > 1 and wanted.max_query_len > few and len(q) >= MIN_MIXED
+    return few if is_mixed and not wanted.invariant else 0
 
 
 def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wanted: Wanted, out: Tensor) -> None:
@@ -378,19 +408,21 @@ def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wante
         num_tiles = wanted.num_keys(places, page_size, block_q) // tiles.block_n
         splits = choose_splits(num_programs, num_tiles, tiles.residents, q.device)
         min_tiles = max(1, num_programs // MIN_SHARE)
+    if wanted.role in (STREAM.value, LEFT_OVER.value) and not has_locks:
+        splits = 1  # what adds up runs behind the launch would write all rows
     parts, lse = room_for_runs(q, splits)
     locks = locks_of(q.device) if has_locks and parts is not None else None
     block_d = max(16 * max(NUM_PLANES[scheme] for scheme in schemes), triton.next_power_of_2(head_dim))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
-        q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, *places,
+        q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, *places, wanted.roles,
         None if order is None else inverse(order), locks, out, parts, lse, wanted.scale,
-        *q.stride()[:2], *_strides(k_pages), *_strides(v_pages), places.page_table.stride(0),
+        *q.stride()[:2], *k_pages.strides, *v_pages.strides, places.page_table.stride(0),
         num_seqs, (num_seqs - 1).bit_length(), min_tiles, K_ROW=k_pages.words.stride(2), V_ROW=v_pages.words.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme, RUN=run_length(head_dim),
         WINDOW=wanted.window or 0, SOFTCAP=wanted.softcap or 0.0,
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
+        ROLE=wanted.role, FEW=wanted.few, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
         CHUNK=runs_at_once(group, block_d, tiles.num_warps), ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
         PTX=is_ptx_target(q), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **registers(name, tiles, schemes, has_order=order is not None, is_padded=block_d > head_dim), **overlap(q),

@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qinfer.kernels.overlap import wait_for_inputs
+
 MAX_HEAD_DIM = 256  # of every kernel of attention
+
+# What a sequence is to a launch: anything; one of so few queries that it is read like in a decode step; one of more;
+# one of more for which no room to decode was left (`attention_decoded.py`).
+EVERY, STREAM, PROMPT, LEFT_OVER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 class Places(NamedTuple):
@@ -33,11 +39,25 @@ class Wanted(NamedTuple):
     order: Tensor | None  # [H * D] int32
     splits: int | None
     invariant: bool
+    # Only sequences of this role take part; whoever takes the others writes their rows of the result.
+    role: int = EVERY.value
+    few: int = 0  # most query tokens of a stream
+    roles: Tensor | None = None  # [B + 1] of `kv_decode`; None: what `few` says, without anyone left over
 
     def num_keys(self, places: Places, page_size: int, block_q: int) -> int:
         """Return the most keys that a block of so many query tokens sees."""
         most = places.page_table.shape[1] * page_size
         return most if self.window is None else min(most, self.window + block_q)
+
+
+@triton.jit
+def is_idle(p_roles, num_seqs, ROLE: tl.constexpr, OVERLAP: tl.constexpr):
+    """Wait for the roles, if there are any; return whether they say at once that a launch has nothing to do."""
+    if p_roles is not None:
+        wait_for_inputs(OVERLAP)
+        if ROLE == LEFT_OVER:
+            return tl.load(p_roles + num_seqs) == 0
+    return False
 
 
 @triton.jit
@@ -57,7 +77,18 @@ def _find_sequence(p_starts, i_block, num_seqs, search_steps, BLOCK_Q: tl.conste
 
 
 @triton.jit
-def find_queries(p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q: tl.constexpr, ONE_BLOCK: tl.constexpr):
+def find_queries(
+    p_starts,
+    p_lens,
+    i_block,
+    num_seqs,
+    search_steps,
+    BLOCK_Q: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    p_roles,
+    ROLE: tl.constexpr,
+    FEW: tl.constexpr,
+):
     """Return the sequence of a block, its first token and its length there, its first position and the one behind."""
     i_seq, i_local = i_block, 0
     if not ONE_BLOCK:
@@ -67,6 +98,12 @@ def find_queries(p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_Q: tl.
     b_context_len = tl.load(p_lens + i_seq)
     b_first = b_context_len - b_query_len + i_local * BLOCK_Q
     b_num = tl.minimum(b_query_len - i_local * BLOCK_Q, BLOCK_Q)
+    if ROLE == STREAM:
+        b_num = tl.where(b_query_len > FEW, 0, b_num)
+    elif p_roles is not None:
+        b_num = tl.where(tl.load(p_roles + i_seq) == ROLE, b_num, 0)
+    elif ROLE == PROMPT:
+        b_num = tl.where(b_query_len > FEW, b_num, 0)
     b_stop = tl.where(b_num > 0, tl.maximum(tl.minimum(b_first + BLOCK_Q, b_context_len), 0), 0)
     return i_seq, b_start + i_local * BLOCK_Q, b_num, b_first, b_stop
 

@@ -153,7 +153,7 @@ def _weighted(b_planes, SCHEME: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     p_page, o_row, m_key, ROW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SCHEME: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def scores(
 ):  # fmt: skip
     """Multiply queries, turned if keys come first, by a tile of keys, and cap the scores if SOFTCAP is not 0: fp32."""
     PLANES: tl.constexpr = num_planes(SCHEME)
-    b_words, b_upper = _load_tile(p_page, o_row, m_key, ROW, HEAD_DIM, BLOCK_D, SCHEME, KEYS_FIRST)
+    b_words, b_upper = load_tile(p_page, o_row, m_key, ROW, HEAD_DIM, BLOCK_D, SCHEME, KEYS_FIRST)
     b_k = b_words if SCHEME == "plain" else plane(b_words, b_upper, 0, DTYPE, SCHEME, PTX)
     b_scores = _product(b_q[0], b_k, None, KEYS_FIRST)
     for j in tl.static_range(1, PLANES):
@@ -232,7 +232,7 @@ def add_values(
 ):  # fmt: skip
     """Add a tile of values, weighted by b_p, to the decayed sums, a tuple of planes and of the sums of weights."""
     PLANES: tl.constexpr = num_planes(SCHEME)
-    b_words, b_upper = _load_tile(p_page, o_row, m_key, ROW, HEAD_DIM, BLOCK_D, SCHEME, not KEYS_FIRST)
+    b_words, b_upper = load_tile(p_page, o_row, m_key, ROW, HEAD_DIM, BLOCK_D, SCHEME, not KEYS_FIRST)
     b_decay = along_queries(b_decay, KEYS_FIRST)
     if SCHEME == "plain":
         return (_product(b_p.to(b_words.dtype), b_words, b_acc[0] * b_decay, KEYS_FIRST),)

@@ -14,10 +14,10 @@ written and the other reads, `wgmma`, is fenced by the readers.
 Weights travel from one turn to the next as pairs in 32 bits: carried one by one, they would be taken apart and put
 together in between.
 
-Limits, which `takes_prompt` sees to: sm_90; keys, values and queries in 16 bits, keys and values in one format; D at
-most 256 and a multiple of 8; pages of a multiple of 64 tokens; more than 64 rows of queries; a positive scale. The runs
-of keys depend on the step, so `invariant=True` goes without. Interpreters do not know Gluon; GPU tests hold it against
-the reference.
+Limits, which `is_prompt` and `takes_prompt` see to: sm_90; keys, values and queries in 16 bits, keys and values in one
+format; D at most 256 and a multiple of 8; pages of a multiple of 64 tokens; more than 64 rows of queries; a positive
+scale. The runs of keys depend on the step, so `invariant=True` goes without. Interpreters do not know Gluon; GPU tests
+hold it against the reference.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def _attend(
     do_not_specialize_on_alignment=["p_table", "p_starts", "p_lens"],
 )
 def _prompt_attention_kernel(
-    p_q, p_k, p_v, p_table, p_starts, p_lens, p_inverse,
+    p_q, p_k, p_v, p_table, p_starts, p_lens, p_roles, p_inverse,
     p_out,  # [T, H * D], in the order of p_inverse
     p_parts,  # [T, H, runs, D] fp32, if there are several
     p_lse,  # [T, H, runs] fp32
@@ -320,8 +320,8 @@ def _prompt_attention_kernel(
     K_ROW: gl.constexpr, V_ROW: gl.constexpr,
     WINDOW: gl.constexpr,  # 0: none
     SOFTCAP: gl.constexpr,  # times log2(e); 0: none
-    IS_SPLIT: gl.constexpr, HAS_ORDER: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    OVERLAP: gl.constexpr,
+    IS_SPLIT: gl.constexpr, HAS_ORDER: gl.constexpr, ROLE: gl.constexpr, FEW: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = p_k.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -341,10 +341,12 @@ def _prompt_attention_kernel(
         mbarrier.init(v_done.index(i), count=2)
     fence_async_shared()
 
+    if p_roles is not None:
+        wait_for_inputs(OVERLAP)
     # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
     i_block, i_head, i_split = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1), gl.program_id(2)
     i_seq, b_start, b_num, b_first, b_stop = find_queries(
-        p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_M // GROUP, False
+        p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_M // GROUP, False, p_roles, ROLE, FEW
     )
     b_tile_start, b_tile_stop, num_splits = run_of_tiles(
         b_first, b_stop, i_split, gl.num_programs(2), 1, BLOCK_N, WINDOW, False
@@ -373,15 +375,20 @@ def _prompt_attention_kernel(
     )  # fmt: skip
 
 
-def takes_prompt(q: Tensor, k_pages: KVPages, v_pages: KVPages, wanted: Wanted) -> bool:
-    """Whether the kernel takes a step: see the limits above."""
-    group, page_size, head_dim = q.shape[1] // k_pages.codes.shape[1], k_pages.codes.shape[2], q.shape[2]
+def is_prompt(q: Tensor, num_kv_heads: int, page_size: int, wanted: Wanted) -> bool:
+    """Whether the kernel takes a step, were its pages plain: see the limits above."""
+    head_dim, group = q.shape[2], q.shape[1] // num_kv_heads
     if arch(q.device) not in WGMMA or wanted.invariant or wanted.scale <= 0 or wanted.max_query_len * group <= FEW_ROWS:
+        return False
+    return q.element_size() == 2 and page_size % MIN_PAGE == 0 and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def takes_prompt(q: Tensor, k_pages: KVPages, v_pages: KVPages, wanted: Wanted) -> bool:
+    """Whether the kernel takes a step over these pages."""
+    if not is_prompt(q, k_pages.codes.shape[1], k_pages.codes.shape[2], wanted):
         return False
     keys, values = k_pages.words, v_pages.words
     if k_pages.codec != v_pages.codec or k_pages.codec.scheme != "plain" or keys.element_size() != 2:
-        return False
-    if q.element_size() != 2 or page_size % MIN_PAGE or head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return False
     # Copies of 16 bytes want whole ones, and Triton to know that strides of pages and heads are multiples of 16.
     strides = (*keys.stride()[:2], *values.stride()[:2])
@@ -403,13 +410,13 @@ def launch_prompt(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places,
         splits = choose_splits(num_programs, num_tiles, 1, q.device)
     parts, lse = room_for_runs(q, splits)
     _prompt_attention_kernel[num_blocks, num_kv_heads, splits](
-        q, k_pages.words, v_pages.words, *places, None if order is None else inverse(order), out, parts, lse,
-        wanted.scale, *q.stride()[:2], *k_pages.words.stride()[:2], *v_pages.words.stride()[:2],
+        q, k_pages.words, v_pages.words, *places, wanted.roles, None if order is None else inverse(order),
+        out, parts, lse, wanted.scale, *q.stride()[:2], *k_pages.words.stride()[:2], *v_pages.words.stride()[:2],
         places.page_table.stride(0), num_seqs, (num_seqs - 1).bit_length(),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         K_ROW=k_pages.words.stride(2), V_ROW=v_pages.words.stride(2),
         WINDOW=wanted.window or 0, SOFTCAP=wanted.softcap or 0.0, IS_SPLIT=splits > 1, HAS_ORDER=order is not None,
-        BLOCK_N=block_n, BLOCK_D=block_d, num_warps=_WARPS.value, **overlap(q),
+        ROLE=wanted.role, FEW=wanted.few, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=_WARPS.value, **overlap(q),
     )  # fmt: skip
     if parts is not None and lse is not None:
         add_runs(parts, lse, order, out)

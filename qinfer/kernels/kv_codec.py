@@ -120,6 +120,12 @@ class KVPages:
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of a page and a head of words, and of a page of scales."""
+        s_page, s_head = self.words.stride()[:2]
+        return s_page, s_head, 0 if self.scales is None else self.scales.stride(0)
+
+    @property
     def words(self) -> Tensor:
         """Plain numbers as they are, codes as 16-bit words of NUM_PLANES features: [P, G, S, row]."""
         return self.codes if self.codec.scheme == "plain" else self.codes.view(torch.int16)

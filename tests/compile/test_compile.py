@@ -12,7 +12,9 @@ import torch
 from qinfer.bench.cases import CASES
 from qinfer.env import settings
 from qinfer.kernels import attention_wgmma
-from qinfer.kernels.attention_blocks import Wanted
+from qinfer.kernels.attention_blocks import Places, Wanted
+from qinfer.kernels.attention_decoded import decode_prompts
+from qinfer.kernels.kv_decode import _room, kv_decode
 from qinfer.kernels.matmul import segments_of
 from qinfer.kernels.operand import FIELDS, MIN_STEP
 from qinfer.kernels.tiles import TABLES, Tile, has_wgmma_tile, shapes_of
@@ -56,12 +58,20 @@ def test_odd_sizes_are_cases_of_the_kernel_for_hopper() -> None:
 
 def test_prompts_of_all_kinds_are_cases_of_the_kernel_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_wgmma, "arch", lambda _: "sm_90")
+    monkeypatch.setattr(
+        kv_decode, "launch", lambda *args, dtype, max_pages, **_: _room(args[0], args[3], dtype, max_pages)
+    )
     cases = prompt_cases(TARGETS["sm_90"])
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
-        (q, keys, values, *_), options = case.make(torch.device("cpu"), "empty")
+        (q, keys, values, *places), options = case.make(torch.device("cpu"), "empty")
         wanted = Wanted(**options, splits=None, invariant=False)
-        assert attention_wgmma.takes_prompt(q, keys, values, wanted)
+        decoded = decode_prompts(q, keys, values, Places(*places), wanted)
+        if keys.codec.scheme == "plain":
+            assert attention_wgmma.takes_prompt(q, keys, values, wanted)
+        else:
+            assert decoded is not None
+            assert decoded.may_be_full
     assert prompt_cases(TARGETS["sm_80"]) == []
 
 

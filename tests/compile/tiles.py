@@ -50,8 +50,9 @@ def prompt_cases(target: Target) -> list[Case]:
     shapes = (LLAMA, *(shape for shape, _ in HEADS if shape.head_dim < 128))
     wanted = [(shape, tokens, Variant()) for shape, tokens in product(shapes, (100, 4096))]
     wanted += [(LLAMA, 4096, Variant(order=True)), (LLAMA, 4096, Variant(window=1000, softcap=50.0))]
+    wanted += [(LLAMA, 4096, Variant(codecs=(codec, codec))) for codec in ("q4", "q6", "q8", "fp8")]
     return [
-        Case("paged_attention", f"{one[0].name} T={one[1]} of 8192{one[2].name}", partial(_prompt, *one))
+        Case("paged_attention", f"{one[0].name} T={one[1]} of 4096{one[2].name}", partial(_prompt, *one))
         for one in wanted
     ]
 
@@ -76,12 +77,13 @@ def _odd(widths: tuple[int, ...], rows: int, group_size: int, device: torch.devi
 
 
 def _prompt(shape: Shape, tokens: int, variant: Variant, device: torch.device, fill: Fill) -> Arguments:
-    m, width = Maker(device, fill), 8192 // PAGE_SIZE
+    m, width = Maker(device, fill), 4096 // PAGE_SIZE
     q = m.normal(tokens, shape.heads, shape.head_dim, dtype=torch.float16)
     table = m.permutation(width)
     assert table is not None
-    keys, values = (m.pages(shape, width, "fp16") for _ in range(2))
-    places = (table.view(1, width), m.steps([0, tokens]), m.steps([8192]))
+    keys, values = (m.pages(shape, width, codec) for codec in variant.codecs or ("fp16", "fp16"))
+    # A stream and a prompt that share their pages, so that there may be no room to decode for both.
+    places = (table.repeat(2, 1), m.steps([0, 1, tokens]), m.steps([4096, 4096]))
     options = {"window": variant.window, "softcap": variant.softcap}
     options["order"] = m.permutation(shape.heads * shape.head_dim, wanted=variant.order)
     return (q, keys, values, *places), {"max_query_len": tokens, "scale": shape.head_dim**-0.5, **options}

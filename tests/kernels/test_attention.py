@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qinfer.kernels import attention
 from qinfer.kernels.attention import paged_attention
+from qinfer.kernels.attention_blocks import EVERY, LEFT_OVER, PROMPT, STREAM, Places, Wanted
 from qinfer.kernels.attention_reduce import locks_of
 from qinfer.kernels.attention_tiles import MAX_SPLITS, choose_splits, choose_tiles
-from qinfer.kernels.kv_codec import KVPages
+from qinfer.kernels.kv_codec import CODECS, KVPages
 from tests.compare import assert_close
+from tests.kernels.coded import coded
 from tests.strategies import random_tensor, seeds
 
 BODIES = [paged_attention.reference, pytest.param(paged_attention.launch, marks=pytest.mark.kernel)]
@@ -116,6 +120,12 @@ def written_out(case: Case, window: int | None = None) -> Tensor:
     return torch.stack(rows).reshape(token, num_heads * head_dim)
 
 
+def wanted_of(case: Case, **changes: Any) -> Wanted:
+    """What `paged_attention` asks of its kernels for a case."""
+    scale = case.options["scale"] * attention.LOG2_E
+    return Wanted(case.options["max_query_len"], scale, None, None, None, None, invariant=False)._replace(**changes)
+
+
 BATCHES = {
     "decode, one token": ([1], [1]),
     "decode around a page": ([1, 1, 1], [15, 16, 17]),
@@ -125,6 +135,7 @@ BATCHES = {
     "mixed": ([1, 9, 1], [33, 9, 1]),
     "mixed with padding and a sequence without queries": ([3, 0, 12, 1], [19, 16, 28, 0]),
     "padding of several tokens": ([2, 0, 5], [18, 0, 0]),
+    "streams and a prompt": ([1, 1, 40, 2], [50, 1, 60, 20]),
 }
 
 
@@ -144,6 +155,58 @@ def test_larger_pages(page_size, window, device):
     free_behind(case, window)
     actual = paged_attention.launch(*case.args, **case.options, window=window)
     assert_close(actual, written_out(case, window).float())
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("codec", ["fp32", "q8"])
+@pytest.mark.parametrize(("window", "splits"), [(None, None), (18, None), (None, 3)])
+@pytest.mark.parametrize(
+    "batch", ["mixed", "mixed with padding and a sequence without queries", "streams and a prompt"]
+)
+def test_streams_have_a_launch_of_their_own(batch, window, splits, codec, device, monkeypatch):
+    case = make_case(*BATCHES[batch], device)
+    free_behind(case, window)
+    roles = []
+
+    def spy(*args):
+        roles.append((args[4].role, args[4].max_query_len))
+        launch(*args)
+
+    launch = attention._launch
+    monkeypatch.setattr(attention, "_launch", spy)
+    monkeypatch.setattr(attention, "MIN_MIXED", len(case.q))
+    pages = [KVPages.plain(x) if codec == "fp32" else coded(x, CODECS[codec]) for x in (case.k_pages, case.v_pages)]
+    args, order = (case.q, *pages, *case.args[3:]), torch.randperm(4 * 32, generator=torch.manual_seed(1)).int()
+    options = {**case.options, "window": window, "order": order.to(device)}
+    actual = paged_attention.launch(*args, **options, splits=splits)
+    assert_close(actual, paged_attention.reference(*args, **options))
+    assert roles == [(PROMPT.value, max(case.query_lens)), (STREAM.value, 4)]
+    decode = make_case(*BATCHES["decode of padding"], device)
+    for other, invariant in ((case, True), (decode, False)):
+        roles.clear()
+        paged_attention.launch(*other.args, **other.options, window=window, invariant=invariant)
+        assert roles == [(EVERY.value, max(other.query_lens))]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("role", "has_roles"), [(STREAM, False), (PROMPT, False), (PROMPT, True), (LEFT_OVER, True)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sequences_of_other_roles_are_left_alone(role, has_roles, splits, device):
+    case = make_case(*BATCHES["mixed with padding and a sequence without queries"], device)
+    roles = [PROMPT.value, STREAM.value, LEFT_OVER.value, PROMPT.value, 1] if has_roles else None
+    few = {"max_query_len": 2} if role == STREAM else {}
+    wanted = wanted_of(case, splits=splits, role=role.value, few=2, **few)
+    wanted = wanted._replace(roles=None if roles is None else int32(roles, device))
+    out = torch.full_like(case.q.flatten(1), 7.0)
+    attention._launch(*case.args[:3], Places(*case.args[3:]), wanted, out)
+    expected = paged_attention.reference(*case.args, **case.options)
+    for b, query_len in enumerate(case.query_lens):
+        rows = slice(int(case.query_starts[b]), int(case.query_starts[b + 1]))
+        found = roles[b] if roles else (STREAM if query_len <= 2 else PROMPT).value
+        if found == role.value:
+            assert_close(out[rows], expected[rows])
+        elif role != PROMPT:  # whose runs are added up in all rows, and which comes first
+            assert torch.equal(out[rows], torch.full_like(expected[rows], 7.0))
 
 
 @pytest.mark.kernel
