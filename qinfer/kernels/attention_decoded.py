@@ -17,7 +17,7 @@ from qinfer.kernels.attention_wgmma import is_prompt
 from qinfer.kernels.kv_codec import KVPages
 from qinfer.kernels.kv_decode import kv_decode
 
-MIN_TOKENS = 512  # of a step of several sequences; fewer may be drafts, which see much for few queries
+MIN_TOKENS = 256  # of a step of several sequences; fewer may be drafts, which see much for few queries
 MAX_BYTES = 256 << 20  # of decoded keys and values; layers take turns with them
 
 

@@ -324,6 +324,17 @@ def _prompt_attention_kernel(
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = p_k.dtype.element_ty
+    if p_roles is not None:
+        wait_for_inputs(OVERLAP)
+    # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
+    i_block, i_head, i_split = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    i_seq, b_start, b_num, b_first, b_stop = find_queries(
+        p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_M // GROUP, False, p_roles, ROLE, FEW
+    )
+    # The grid has room for a block more of every sequence. Those without queries end before memory is set up.
+    if b_num <= 0:
+        wait_for_inputs(OVERLAP)
+        return
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     s_q0 = gl.allocate_shared_memory(DTYPE, [_ROWS, BLOCK_D], TILE)
@@ -340,14 +351,6 @@ def _prompt_attention_kernel(
         mbarrier.init(k_done.index(i), count=2)
         mbarrier.init(v_done.index(i), count=2)
     fence_async_shared()
-
-    if p_roles is not None:
-        wait_for_inputs(OVERLAP)
-    # Later queries see more keys: starting with them leaves the short programs to fill the last wave.
-    i_block, i_head, i_split = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    i_seq, b_start, b_num, b_first, b_stop = find_queries(
-        p_starts, p_lens, i_block, num_seqs, search_steps, BLOCK_M // GROUP, False, p_roles, ROLE, FEW
-    )
     b_tile_start, b_tile_stop, num_splits = run_of_tiles(
         b_first, b_stop, i_split, gl.num_programs(2), 1, BLOCK_N, WINDOW, False
     )
