@@ -246,7 +246,7 @@ def _paged_attention_kernel(
             if i_split < b_runs:
                 store_run(
                     p_locks, i_block * NUM_KV_HEADS + i_head, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum,
-                    b_start, b_num, o_token, i_head, o_head, m_row, m_out,
+                    b_start, i_block * FEW if ROLE == STREAM else b_start, b_num, o_query, i_head, o_head, m_row, m_out,
                     i_split, b_runs, num_splits, GROUP, NUM_HEADS, HEAD_DIM, CHUNK, HAS_LOCKS, HAS_ORDER,
                 )  # fmt: skip
         elif i_split == 0:
@@ -386,7 +386,8 @@ def _most_of_a_stream(q: Tensor, k_pages: KVPages, places: Places, wanted: Wante
     """Return the most query tokens of sequences that get a launch of their own beside prompts; 0: nobody gets one."""
     few = max(1, STREAM_ROWS * k_pages.codes.shape[1] // q.shape[1])
     is_mixed = len(places.context_lens) > 1 and wanted.max_query_len > few and len(q) >= MIN_MIXED
-    return few if is_mixed and not wanted.invariant else 0
+    # On AMD nothing adds up the runs of some sequences only, and streams by themselves would be one run each.
+    return few if is_mixed and not wanted.invariant and not is_amd_target(q) else 0
 
 
 def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wanted: Wanted, out: Tensor) -> None:
@@ -410,7 +411,8 @@ def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wante
         min_tiles = max(1, num_programs // MIN_SHARE)
     if wanted.role in (STREAM.value, LEFT_OVER.value) and not has_locks:
         splits = 1  # what adds up runs behind the launch would write all rows
-    parts, lse = room_for_runs(q, splits)
+    # Streams are a block each, and may stand anywhere among the tokens.
+    parts, lse = room_for_runs(q, num_seqs * wanted.few if wanted.role == STREAM.value else num_tokens, splits)
     locks = locks_of(q.device) if has_locks and parts is not None else None
     block_d = max(16 * max(NUM_PLANES[scheme] for scheme in schemes), triton.next_power_of_2(head_dim))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](

@@ -2,8 +2,9 @@
 
     out = sum_i 2^(lse_i - max lse) part_i / sum_i 2^(lse_i - max lse)
 
-parts are [T, H, runs, D] fp32, each normalized by itself, lse [T, H, runs] the base-2 logarithms of their softmax sums;
-a run without keys has -inf there, and its part is not read. Results are [T, H * D].
+parts are [N, H, runs, D] fp32, each normalized by itself, lse [N, H, runs] the base-2 logarithms of their softmax
+sums; a run without keys has -inf there, and its part is not read. Results are [T, H * D]. N is T, or what the streams
+of a step with prompts may have together.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _sum_of_runs(
 
 @triton.jit
 def _reduce_block(
-    p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
+    p_parts, p_lse, p_out, p_inverse, i_first, i_part, b_num, i_head, b_runs, num_splits,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +96,7 @@ def _reduce_block(
     o_head = i_head * GROUP + o_g
     for i_query in range(b_num):
         i_token = (i_first + i_query).to(tl.int64)
-        o_first = (i_token * NUM_HEADS + o_head) * num_splits
+        o_first = ((i_part + i_query).to(tl.int64) * NUM_HEADS + o_head) * num_splits
         b_out = _sum_of_runs(p_parts, p_lse, o_first, m_g, b_runs, HEAD_DIM, BLOCK_D, CHUNK, True)
         o_token = i_token + tl.zeros([HEADS], tl.int64)
         store_rows(p_out, p_inverse, b_out, o_token, o_head, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER)
@@ -103,8 +104,9 @@ def _reduce_block(
 
 @triton.jit
 def store_run(
-    p_locks, i_lock, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum, i_first, b_num, o_token, i_head, o_head,
-    m_row, m_out, i_split, b_runs, num_splits, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    p_locks, i_lock, p_parts, p_lse, p_out, p_inverse, b_out, b_max, b_sum, i_first, i_part, b_num, o_query,
+    i_head, o_head, m_row, m_out, i_split, b_runs, num_splits,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr, HAS_LOCKS: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Store what a run has left of its block, and add the block up if this program is its last one to have come here.
@@ -112,16 +114,17 @@ def store_run(
     Args:
         p_locks: how many programs of a block have come, left at zero.
         i_lock: number of the block.
-        p_parts: [T, H, runs, D].
-        p_lse: [T, H, runs].
+        p_parts: [N, H, runs, D].
+        p_lse: [N, H, runs].
         p_out: [T, H * D].
         p_inverse: [H * D] where each feature goes, if HAS_ORDER.
         b_out: [M, BLOCK_D], normalized.
         b_max: [M] largest scores.
         b_sum: [M] softmax sums in units of two to the largest score.
         i_first: first token of the block.
+        i_part: where its parts begin.
         b_num: tokens of the block, GROUP query heads each.
-        o_token: [M] token of each row.
+        o_query: [M] token of each row within the block.
         i_head: KV head of the block.
         o_head: [M] query head of each row.
         m_row: [M] rows that have a query.
@@ -137,7 +140,7 @@ def store_run(
         HAS_ORDER: whether features are permuted.
     """
     BLOCK_D: tl.constexpr = b_out.shape[1]
-    o_part = (o_token * NUM_HEADS + o_head) * num_splits + i_split
+    o_part = ((i_part + o_query).to(tl.int64) * NUM_HEADS + o_head) * num_splits + i_split
     m_part = m_out if HAS_LOCKS else m_out & (b_sum > 0.0)[:, None]
     tl.store(p_parts + o_part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], b_out, mask=m_part)
     tl.store(p_lse + o_part, b_max + tl.log2(tl.where(b_sum > 0.0, b_sum, 1.0)), mask=m_row)
@@ -146,7 +149,7 @@ def store_run(
         tl.debug_barrier()
         if tl.atomic_add(p_locks + i_lock, 1, sem="acq_rel") == b_runs - 1:
             _reduce_block(
-                p_parts, p_lse, p_out, p_inverse, i_first, b_num, i_head, b_runs, num_splits,
+                p_parts, p_lse, p_out, p_inverse, i_first, i_part, b_num, i_head, b_runs, num_splits,
                 GROUP, NUM_HEADS, HEAD_DIM, BLOCK_D, CHUNK, HAS_ORDER,
             )  # fmt: skip
             tl.store(p_locks + i_lock, 0)
@@ -200,11 +203,11 @@ def runs_at_once(group: int, block_d: int, num_warps: int) -> int:
     return max(1, min(MAX_SPLITS, CHUNK_PER_WARP * num_warps // (heads * block_d)))
 
 
-def room_for_runs(q: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return parts [T, H, runs, D] and lse [T, H, runs], fp32, for queries q [T, H, D]; None for a single run."""
+def room_for_runs(q: Tensor, num_tokens: int, splits: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return parts [N, H, runs, D] and lse [N, H, runs], fp32, for N tokens of q [T, H, D]; None for a single run."""
     if splits == 1:
         return None, None
-    num_tokens, num_heads, head_dim = q.shape
+    num_heads, head_dim = q.shape[1:]
     parts = torch.empty(num_tokens, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
     return parts, torch.empty(num_tokens, num_heads, splits, dtype=torch.float32, device=q.device)
 

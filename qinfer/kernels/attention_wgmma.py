@@ -411,7 +411,7 @@ def launch_prompt(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places,
         # At most so many have queries; the grid has room for one more.
         num_programs = (triton.cdiv(num_tokens, block_q) + num_seqs - 1) * num_kv_heads
         splits = choose_splits(num_programs, num_tiles, 1, q.device)
-    parts, lse = room_for_runs(q, splits)
+    parts, lse = room_for_runs(q, num_tokens, splits)
     _prompt_attention_kernel[num_blocks, num_kv_heads, splits](
         q, k_pages.words, v_pages.words, *places, wanted.roles, None if order is None else inverse(order),
         out, parts, lse, wanted.scale, *q.stride()[:2], *k_pages.words.stride()[:2], *v_pages.words.stride()[:2],

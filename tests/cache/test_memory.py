@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ NBYTES = 512 * 2**20
 
 
 def serve(kv_format: str, num_pages: int, prompt: int, device: torch.device) -> tuple[PagedKVCache, list[Tensor]]:
-    """Make a cache, write a prompt and then a token of two sequences, and attend to all pages each time.
+    """Make a cache, write a prompt, a token of two sequences, and a token beside a prompt, and attend to all pages.
 
     Returns:
         The cache, and the rows and outputs.
@@ -39,19 +40,20 @@ def serve(kv_format: str, num_pages: int, prompt: int, device: torch.device) -> 
     )
     table = torch.arange(num_pages, dtype=torch.int32, device=device)
     others = []
-    for sequences, count in ((1, prompt), (2, 1)):
-        pages = table[: num_pages // sequences * sequences].view(sequences, -1)
-        lens = torch.full((sequences,), pages.shape[1] * PAGE_SIZE, dtype=torch.int32, device=device)
-        starts = torch.arange(sequences + 1, dtype=torch.int32, device=device) * count
-        slots = (pages[:, -1:] * PAGE_SIZE + PAGE_SIZE - 1) if count == 1 else torch.arange(count, device=device)
+    for counts in ([prompt], [1, 1], [1, prompt - 1]):
+        pages = table[: num_pages // len(counts) * len(counts)].view(len(counts), -1)
+        places = (pages[:, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)).flatten(1)
+        slots = torch.cat([own[-count:] for own, count in zip(places, counts, strict=True)])
+        lens = torch.full((len(counts),), places.shape[1], dtype=torch.int32, device=device)
+        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
         q, k, v = (
-            torch.randn(sequences * count, heads, HEAD_DIM, dtype=torch.float16, device=device)
+            torch.randn(sum(counts), heads, HEAD_DIM, dtype=torch.float16, device=device)
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
-        others += [q, k, v]
+        others += [q, k, v, places]
         for layer in range(LAYERS):
-            cache.write(layer, k, v, slots.flatten().to(torch.int32))
-            options = {"max_query_len": count, "scale": HEAD_DIM**-0.5}
+            cache.write(layer, k, v, slots.to(torch.int32))
+            options = {"max_query_len": max(counts), "scale": HEAD_DIM**-0.5}
             others.append(paged_attention(q, *cache.pages(layer), pages, starts, lens, **options))
     return cache, others
 

@@ -166,14 +166,19 @@ def test_larger_pages(page_size, window, device):
 def test_streams_have_a_launch_of_their_own(batch, window, splits, codec, device, monkeypatch):
     case = make_case(*BATCHES[batch], device)
     free_behind(case, window)
-    roles = []
+    roles, rooms = [], []
 
     def spy(*args):
         roles.append((args[4].role, args[4].max_query_len))
         launch(*args)
 
-    launch = attention._launch
+    def spy_room(q, num_tokens, splits):
+        rooms.append(num_tokens)
+        return room(q, num_tokens, splits)
+
+    launch, room = attention._launch, attention.room_for_runs
     monkeypatch.setattr(attention, "_launch", spy)
+    monkeypatch.setattr(attention, "room_for_runs", spy_room)
     monkeypatch.setattr(attention, "MIN_MIXED", len(case.q))
     pages = [KVPages.plain(x) if codec == "fp32" else coded(x, CODECS[codec]) for x in (case.k_pages, case.v_pages)]
     args, order = (case.q, *pages, *case.args[3:]), torch.randperm(4 * 32, generator=torch.manual_seed(1)).int()
@@ -181,9 +186,11 @@ def test_streams_have_a_launch_of_their_own(batch, window, splits, codec, device
     actual = paged_attention.launch(*args, **options, splits=splits)
     assert_close(actual, paged_attention.reference(*args, **options))
     assert roles == [(PROMPT.value, max(case.query_lens)), (STREAM.value, 4)]
+    assert rooms == [len(case.q), 4 * len(case.context_lens)], "what streams leave does not grow with the prompts"
     decode = make_case(*BATCHES["decode of padding"], device)
-    for other, invariant in ((case, True), (decode, False)):
+    for other, invariant, is_amd in ((case, True, False), (decode, False, False), (case, False, True)):
         roles.clear()
+        monkeypatch.setattr(attention, "is_amd_target", lambda _, is_amd=is_amd: is_amd)
         paged_attention.launch(*other.args, **other.options, window=window, invariant=invariant)
         assert roles == [(EVERY.value, max(other.query_lens))]
 
