@@ -14,9 +14,9 @@ visible range is cut into at most as many runs of whole tiles as the grid is dee
 softmax sum. In decode the program that arrives last adds them up, in the order of the runs; for longer queries, and on
 AMD, where a barrier does not wait for other waves' stores, a second kernel does.
 
-Coded pages (`kv_codec.py`) are decoded in registers (`attention_products.py`). Queries are rotated like the keys, and
-divided by their largest number, so that fp16 holds them whatever their dtype; what is summed up over rotated values is
-rotated back once.
+Coded pages (`kv_codec.py`) are decoded in registers (`attention_products.py`), or, for prompts on Hopper, in front of
+the launch (`attention_decoded.py`). In registers, queries are rotated like the keys and divided by their largest
+number, so that fp16 holds them whatever their dtype; what is summed up over rotated values is rotated back once.
 
 Softmax and accumulators are fp32. Products over plain pages multiply in the pages' dtype (q and the probabilities are
 converted to it), over coded pages in fp16, or in fp32 if q is fp32. Limits: D <= 256, H / G <= 64, S a multiple of 16,
@@ -65,7 +65,7 @@ from qinfer.kernels.attention_reduce import (
 )
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
 from qinfer.kernels.attention_wgmma import launch_prompt, takes_prompt
-from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
+from qinfer.kernels.checks import check_device, check_float, check_int32, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
 from qinfer.kernels.kv_tile import has_scales, load_scales, log2_of, num_planes
@@ -301,10 +301,7 @@ def _check_paged_attention(
     if order is not None:
         check_shape("order", order, (num_heads * head_dim,))
         indices["order"] = order
-    for name, x in indices.items():
-        check_rows(name, x)
-        if x.dtype != torch.int32:
-            raise TypeError(f"{name} must be torch.int32, got {x.dtype}")
+    check_int32(**indices)
     check_device(q, k_pages=k_pages.codes, v_pages=v_pages.codes, **indices)
     check_device(q, k_scales=k_pages.scales, v_scales=v_pages.scales)
     for name, value in (("max_query_len", max_query_len), ("window", window), ("splits", splits)):

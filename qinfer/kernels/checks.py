@@ -30,6 +30,14 @@ def check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have last stride 1, got strides {list(tensor.stride())}")
 
 
+def check_int32(**tensors: Tensor) -> None:
+    """Raise TypeError or ValueError unless every tensor is of int32 and dense in its last dimension."""
+    for name, tensor in tensors.items():
+        check_rows(name, tensor)
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be torch.int32, got {tensor.dtype}")
+
+
 def check_device(first: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError unless every tensor lives where the first one does."""
     for name, tensor in others.items():

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qinfer.kernels.attention_blocks import LEFT_OVER, PROMPT, STREAM
 from qinfer.kernels.attention_products import joined, load_tile
-from qinfer.kernels.checks import check_device, check_float, check_rows, check_shape
+from qinfer.kernels.checks import check_device, check_float, check_int32, check_shape
 from qinfer.kernels.device import is_ptx_target, num_sms, op
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
 from qinfer.kernels.kv_tile import (
@@ -231,10 +231,7 @@ def _check_kv_decode(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     indices = {"page_table": page_table, "query_starts": query_starts, "context_lens": context_lens}
-    for name, x in indices.items():
-        check_rows(name, x)
-        if x.dtype != torch.int32:
-            raise TypeError(f"{name} must be torch.int32, got {x.dtype}")
+    check_int32(**indices)
     check_device(page_table, k_pages=k_pages.codes, v_pages=v_pages.codes, **indices)
     check_device(page_table, k_scales=k_pages.scales, v_scales=v_pages.scales)
 
