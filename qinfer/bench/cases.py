@@ -220,6 +220,17 @@ def _matmul_parts_case(run: Run) -> None:
         return (x, operand), {"out_dtype": FP32}
 
 
+def _gated_matmul_case(run: Run, *, order: bool) -> None:
+    """Gate and up of the MLP, with what its down projection reads behind them."""
+    matrix = matrices(run.shape)[2]
+    name = f"{matrix.name} T={run.tokens} {run.half} {G128.name}{' order' if order else ''}"
+
+    @case("gated_matmul", name, compiled=run.compiled)
+    def _(m: Maker) -> Arguments:
+        x, operand = m.normal(run.tokens, matrix.k, dtype=run.dtype), m.planes(matrix, G128, run.dtype)
+        return (x, operand), {"order": m.permutation(run.shape.mlp, wanted=order)}
+
+
 def _all_reduce_case(run: Run, size: int) -> None:
     """The output projection of attention, in parts, and a rank that hears itself from every peer."""
     channels = run.tokens * -(-run.shape.hidden // BLOCK)
@@ -316,6 +327,7 @@ def _register() -> None:
         for order in (False, True):
             _norm_cases(run, order=order)
             _silu_mul_case(run, order=order)
+            _gated_matmul_case(run, order=order)
         for interleaved, part in ((False, 1), (True, 1), (False, 2)):
             _rope_case(run, interleaved=interleaved, part=part)
     for s, t, size in product((LLAMA, TINY), (1, 16), (2, 4)):

@@ -56,7 +56,6 @@ from qinfer.kernels.attention_products import (
 from qinfer.kernels.attention_reduce import (
     MAX_LOCKS,
     add_runs,
-    inverse,
     locks_of,
     room_for_runs,
     runs_at_once,
@@ -67,6 +66,7 @@ from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_split
 from qinfer.kernels.attention_wgmma import launch_prompt, takes_prompt
 from qinfer.kernels.checks import check_device, check_float, check_int32, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
+from qinfer.kernels.gather import inverse
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
 from qinfer.kernels.kv_tile import has_scales, load_scales, log2_of, num_planes
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs

@@ -9,16 +9,15 @@ of a step with prompts may have together.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qinfer.kernels.attention_tiles import MAX_SPLITS
+from qinfer.kernels.gather import inverse
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 MAX_LOCKS = 1 << 16
@@ -175,17 +174,6 @@ def _reduce_splits_kernel(
     store_rows(
         p_out, p_inverse, b_out, o_row // NUM_HEADS, o_row % NUM_HEADS, m_out, NUM_HEADS, HEAD_DIM, HAS_ORDER
     )  # fmt: skip
-
-
-# The inverse of an order, as long as the order lives.
-_inverses: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-
-
-def inverse(order: Tensor) -> Tensor:
-    """Return where each feature goes, [H * D] int32, if order says where each comes from."""
-    if order not in _inverses:
-        _inverses[order] = order.argsort().to(torch.int32)
-    return _inverses[order]
 
 
 @cache

@@ -36,13 +36,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from qinfer.kernels.attention_blocks import MAX_HEAD_DIM, Places, Wanted, find_queries, run_of_tiles
 from qinfer.kernels.attention_products import capped
-from qinfer.kernels.attention_reduce import add_runs, inverse, room_for_runs
+from qinfer.kernels.attention_reduce import add_runs, room_for_runs
 from qinfer.kernels.attention_tiles import choose_splits
 from qinfer.kernels.device import arch
+from qinfer.kernels.gather import inverse
 from qinfer.kernels.kv_codec import KVPages
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.tiles import WGMMA
-from qinfer.kernels.wgmma import copy_to_shared
+from qinfer.kernels.wgmma_rings import copy_to_shared
 
 BLOCK_M = gl.constexpr(128)  # rows of queries: tokens times the query heads of a KV head
 STAGES = gl.constexpr(2)

@@ -25,12 +25,21 @@ def dequantize_reference(
 ) -> Tensor:
     """Compute the matrix in fp32 and round it once."""
     codes = unpack_planes(operand.planes, bits=operand.bits, in_features=operand.in_features)
-    group = torch.arange(operand.in_features, device=planes.device) // operand.group_size
-    centred = codes.float() - 2.0 ** (operand.bits - 1)
-    if operand.offsets is not None:
-        centred -= operand.offsets.float()[group]
-    weight = (centred * operand.scales.float()[group]).t().to(dtype).contiguous()
-    return weight if out is None else out.copy_(weight)
+    weight = codes.float().sub_(2.0 ** (operand.bits - 1))
+    # In place, by whole groups and what is left: the head of a model takes gigabytes in fp32.
+    whole = operand.in_features // operand.group_size
+    first = whole * operand.group_size
+    for rows, groups in (
+        (weight[:first].unflatten(0, (whole, operand.group_size)), slice(whole)),
+        (weight[first:], slice(whole, None)),
+    ):
+        of_rows = (groups, None) if rows.ndim == 3 else groups
+        if operand.offsets is not None:
+            rows -= operand.offsets[of_rows].float()
+        rows *= operand.scales[of_rows].float()
+    if out is None:
+        out = torch.empty(operand.out_features, operand.in_features, dtype=dtype, device=planes.device)
+    return out.copy_(weight.t())
 
 
 @triton.jit

@@ -79,6 +79,11 @@ def is_ptx_target(tensor: Tensor) -> bool:
     return not settings().interpret and torch.version.hip is None
 
 
+def is_recorded(tensor: Tensor) -> bool:
+    """Say whether what is launched on a tensor's device now is recorded into a graph, and does not run."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def default_device() -> torch.device:
     """Return the device that is used when nobody names one: the current CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

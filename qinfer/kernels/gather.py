@@ -3,6 +3,8 @@
     gather_rows     out[t, c] = table[ids[t], c]
     gather_columns  out[t, j] = x[t, order[j]]
 
+A kernel that has a column in registers and writes it in an order wants to know where it goes: `inverse` keeps that.
+
 Rows are read densely and may be strided; the output is contiguous. A value is only converted, once, to the output's
 dtype. Offsets are 64-bit: an embedding of 256k × 16k entries has more than 2^31. A kernel does not look whether an
 index is in range; the check does, for CPU tensors.
@@ -10,16 +12,39 @@ index is in range; the check does, for CPU tensors.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
-from qinfer.kernels.device import op
+from qinfer.kernels.device import is_recorded, op
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 BLOCK = 1024  # columns per program: a decode step of one token still spreads over several multiprocessors
+
+
+# The inverse of an order, as long as the order lives.
+_inverses: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Return where each column goes, [K] int32, if order [K] says where each comes from.
+
+    It is computed once, and kept.
+
+    Raises:
+        RuntimeError: it would be computed while the stream is recorded, so that it would not be there before the first
+            replay, and other recordings would read what happens to stand in its place.
+    """
+    if order not in _inverses:
+        if is_recorded(order):
+            raise RuntimeError("the inverse of an order must be known before a step is recorded: run the step once")
+        _inverses[order] = order.argsort().to(torch.int32)
+    return _inverses[order]
 
 
 def gather_rows_reference(table: Tensor, ids: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -8,9 +8,19 @@ Everything is computed in fp32 and rounded once, at the output. (transformers ro
 multiplies with the weight; the two differ by at most one rounding.) The sum of squares must fit fp32, which holds for
 |x| up to 1e17. One program handles one row of at most 16384 features; x may be strided in all dimensions but the last,
 such as the heads inside merged q, k, v rows.
+
+A product in parts would pass through one multiprocessor, so many programs share its row. On NVIDIA one launch is all:
+each program leaves its sum of squares in memory, waits until those of its row are there, and normalizes what it has in
+registers. A word holds a sum beside the number of the launch, so that none has to be cleared; the number is in memory
+too, for a recorded launch has the same arguments whenever it is replayed. Who waits for others must know that they run:
+programs start in the order of their numbers, as CUTLASS's serial split-K and CUB's look-back rely on, and those of a
+row have numbers in a row, so all of the first row that is not done are there. Interpreters run one program after the
+other, and on AMD nobody has tried it: there a second launch normalizes.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -18,12 +28,17 @@ import triton.language as tl
 from torch import Tensor
 
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
-from qinfer.kernels.device import op
+from qinfer.kernels.device import is_ptx_target, op
+from qinfer.kernels.gather import inverse
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.parts import add_up, as_parts, load_sum
 
 MAX_WIDTH = 16384
 PART_BLOCK = 256  # features of a program that only adds
+SHARE = 128  # features of a program that normalizes a share of a row, by one warp
+WIDE_SHARE = 256  # of more rows than MANY_ROWS, by four
+MANY_ROWS = 32
+MAX_SHARED_ROWS = 512  # rows that have words for the sums of their programs
 
 
 def rmsnorm_reference(
@@ -138,6 +153,46 @@ def _add_parts_kernel(
     tl.store(p_x, b_x, mask=m_c)
 
 
+@triton.jit(do_not_specialize=["stride_part"])
+def _shared_rmsnorm_kernel(
+    p_residual, p_delta, p_weight, p_inverse, p_out,
+    p_sums,  # [rows, WORDS] int64: number of the launch, and below it a sum of squares
+    p_launches,  # [rows] number of the last launch
+    stride_residual, stride_delta, stride_part, eps,
+    C: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
+    i_block, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    o_c = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < C
+    b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    o_out = o_c
+    if p_inverse is not None:
+        o_out = tl.load(p_inverse + o_c, mask=m_c, other=0)
+    wait_for_inputs(OVERLAP)
+    i_launch = tl.load(p_launches + i_row) + 1
+    p_x = p_residual + i_row * stride_residual + o_c
+    b_x = tl.load(p_x, mask=m_c, other=0.0)
+    b_x += load_sum(p_delta + i_row * stride_delta + o_c, stride_part, m_c, NUM_PARTS)
+    b_sum = tl.sum(b_x * b_x, axis=0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    p_sums += i_row * WORDS
+    # What others wait for goes first. Both halves of a word arrive at once, so that no other order has to be kept.
+    tl.atomic_xchg(p_sums + i_block, (i_launch.to(tl.int64) << 32) | b_sum, sem="relaxed")
+    tl.store(p_x, b_x, mask=m_c)
+    o_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
+    m_b = o_b < BLOCKS
+    b_sums = tl.load(p_sums + o_b, mask=m_b, other=0, volatile=True)
+    while tl.sum((m_b & ((b_sums >> 32).to(tl.int32) != i_launch)).to(tl.int32), axis=0) > 0:
+        b_sums = tl.load(p_sums + o_b, mask=m_b, other=0, volatile=True)
+    if i_block == 0:
+        # Every program has read the number by now, for it is in the words that have come.
+        tl.store(p_launches + i_row, i_launch)
+    b_squares = tl.where(m_b, b_sums.to(tl.int32).to(tl.float32, bitcast=True), 0.0)
+    b_y = b_x * tl.rsqrt(tl.sum(b_squares, axis=0) / C + eps) * b_weight
+    tl.store(p_out + i_row * C + o_out, b_y.to(p_out.dtype.element_ty), mask=m_c)
+
+
 def _check_rmsnorm(
     x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype | None = None, order: Tensor | None = None
 ) -> None:
@@ -184,6 +239,28 @@ def _tile(width: int) -> tuple[int, int]:
     # Four or more features per thread also mean that no feature has a copy in a second warp, which could read the
     # residual after the first one has updated it.
     return block, min(max(block // 256, 1), 16)
+
+
+@cache
+def _sums_of(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the programs of a row tell each other: [rows, words] and [rows], which every launch leaves in order.
+
+    Launches share them, so all norms of products in parts on a device must run on one stream at a time.
+    """
+    sums = torch.zeros(MAX_SHARED_ROWS, MAX_WIDTH // SHARE, dtype=torch.int64, device=device)
+    return sums, torch.zeros(MAX_SHARED_ROWS, dtype=torch.int32, device=device)
+
+
+def _by_many(residual: Tensor, parts: Tensor, weight: Tensor, eps: float, order: Tensor | None, out: Tensor) -> None:
+    """Launch the kernel in which programs share rows."""
+    num_rows, width = residual.shape
+    block, num_warps = (SHARE, 1) if num_rows <= MANY_ROWS else (WIDE_SHARE, 4)
+    sums, launches = _sums_of(residual.device)
+    _shared_rmsnorm_kernel[(triton.cdiv(width, block), num_rows)](
+        residual, parts, weight, None if order is None else inverse(order), out, sums, launches,
+        residual.stride(0), parts.stride(1), parts.stride(0), eps,
+        C=width, NUM_PARTS=parts.shape[0], BLOCK=block, WORDS=sums.shape[1], num_warps=num_warps, **overlap(residual),
+    )  # fmt: skip
 
 
 @op(reference=rmsnorm_reference, check=_check_rmsnorm)
@@ -254,8 +331,8 @@ def add_rmsnorm(
     """
     num_rows, width = residual.shape
     parts = as_parts(delta)
-    if parts.shape[0] > 1 and num_rows:
-        # A program that normalizes a row would read all of its parts through one multiprocessor: many add first.
+    is_shared = parts.shape[0] > 1 and num_rows > 0
+    if is_shared and not (is_ptx_target(residual) and num_rows <= MAX_SHARED_ROWS):
         _add_parts_kernel[(num_rows, triton.cdiv(width, PART_BLOCK))](
             residual, delta, residual.stride(0), parts.stride(1), parts.stride(0),
             C=width, NUM_PARTS=parts.shape[0], BLOCK=PART_BLOCK, **overlap(delta),
@@ -264,7 +341,9 @@ def add_rmsnorm(
     out = torch.empty(
         (num_rows, width), dtype=residual.dtype if out_dtype is None else out_dtype, device=residual.device
     )
-    if num_rows:
+    if is_shared:
+        _by_many(residual, parts, weight, eps, order, out)
+    elif num_rows:
         block, num_warps = _tile(width)
         _add_rmsnorm_kernel[(num_rows,)](
             residual, delta, weight, order, out, residual.stride(0), parts.stride(1), eps,

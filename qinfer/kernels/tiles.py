@@ -245,6 +245,14 @@ def has_wgmma_tile(arch: str, m: int, n: int, segments: Sequence[SegmentShape]) 
     return arch in WGMMA and m <= FUSED_ROWS and is_faster and wgmma_fits(n, segments)
 
 
+def takes_gate(tile: Tile, n: int, widths: tuple[int, ...]) -> bool:
+    """Return whether a gated product of n columns fits a tile: its sums are whole, and a thread has gate and up."""
+    # What it takes to find the columns of 8 bits or of several segments, the registers of the largest tile lack.
+    is_full = (len(widths) > 1 or widths == (8,)) and tile.block_m * tile.block_n >= 64 * 128
+    is_whole = tile.wgmma and tile.split_k == 1
+    return is_whole and not is_full and tile.block_n % (32 * tile.warps) == 0 and n % 32 == 0
+
+
 def wgmma_rule(num_sms: int, m: int, n: int, segments: Sequence[SegmentShape]) -> Tile:
     """Return a reasonable tile of the kernel of `wgmma.py` for up to FUSED_ROWS rows.
 

@@ -10,10 +10,8 @@ own, which are waited for when the weights of the next are unpacked. Whoever wai
 reads, for nothing else keeps them from being overwritten (`tests/compile/sass.py` checks the assembly). Weights of the
 first stages are on their way before the kernel before has finished; x is fetched behind that.
 
-A step has one tile of a plane of 4 bits and two of 8 bits; of a plane of 2 or 1 bits two or four steps share a tile,
-which is fetched once and shifted to the slices of the step. The rings of tiles, x, scales and offsets are allocations
-of their own, and so is each half of x: Triton keeps accesses to one allocation in order by barriers, whatever part of
-it they touch.
+A gated product (`gated_matmul.py`) gives a program half as many columns of the gate, and those of up beside them, so
+that a thread has both sums of a feature in registers, and stores one number in their place.
 
 Limits, which `check_wgmma` and the launcher see to: sm_90; K of every segment a multiple of 32, its group size 32, 64,
 a multiple of 128 or K; N a multiple of 16; x in 16 bits. Interpreters do not know Gluon; GPU tests hold it against the
@@ -40,139 +38,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.codes import constant_group, offset_codes, slice_codes
 from qinfer.kernels.device import arch
-from qinfer.kernels.operand import FIELDS, MIN_STEP, PlaneOperand
+from qinfer.kernels.gather import inverse
+from qinfer.kernels.operand import MIN_STEP, PlaneOperand
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 from qinfer.kernels.tiles import WGMMA, Tile, shapes_of, wgmma_fits
+from qinfer.kernels.wgmma_rings import (
+    fetch_weights,
+    fetch_x,
+    lines_of,
+    load_line,
+    load_words,
+    next_slot,
+    slots_of,
+    width_of,
+)
 
 ALIGNED = 16  # elements that a row of x, W or its scales is a multiple of
-# The older name is that of Triton 3.6.
-copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
 def _layout(block_m, num_warps):
     """Return the layout of sums [BLOCK_N, BLOCK_M]."""
     return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, block_m, 16])
-
-
-@gluon.constexpr_function
-def _width(bits, plane):
-    """Return the bits of a field of the first or second plane, 0 for none; 8 bits have their second tile for one."""
-    return 8 if bits == 8 else (*FIELDS[bits], 0)[plane]
-
-
-@gluon.constexpr_function
-def _share(width):
-    """Return how many steps have a tile of a plane in common."""
-    return max(1, 4 // width)
-
-
-@gluon.constexpr_function
-def _lines(group):
-    """Return how many groups a step has."""
-    return 128 // group if 0 < group < 128 else 1
-
-
-@gluon.constexpr_function
-def _slots(width, stages):
-    """Return the tiles of a plane from the one of the step at work to the one that is fetched."""
-    return -(-(stages - 1) // _share(width)) + 1
-
-
-@gluon.jit
-def _slot_of(slot, i_step, WIDTH: gl.constexpr, STAGES: gl.constexpr):
-    """Return where in its ring the tile of a step is; `slot` is that of the step in a ring without shared tiles."""
-    if _share(WIDTH) == 1:
-        return slot
-    else:
-        return i_step // _share(WIDTH) % _slots(WIDTH, STAGES)
-
-
-@gluon.jit
-def _fetch_tile(
-    s_plane, p_plane, m_words, slot, i_step, first, last, step_words, N64, WIDTH: gl.constexpr, STAGES: gl.constexpr
-):
-    """Send the tile of a plane that a step reads on its way, unless a step before has."""
-    SHARE: gl.constexpr = _share(WIDTH)
-    if SHARE == 1:
-        copy_to_shared(s_plane.index(slot), p_plane + step_words, mask=m_words & (i_step < last))
-    else:
-        # A branch and no mask, which would fill the tile with zeros.
-        if (i_step < last) & ((i_step % SHARE == 0) | (i_step == first)):
-            p_tile = p_plane + i_step // SHARE * (N64 * 32)
-            copy_to_shared(s_plane.index(_slot_of(slot, i_step, WIDTH, STAGES)), p_tile, mask=m_words)
-
-
-@gluon.jit
-def _load_tile(s_plane, slot, i_step, WIDTH: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr):
-    """Load the words of a step, its first slice in the lowest bits."""
-    b_words = s_plane.index(_slot_of(slot, i_step, WIDTH, STAGES)).load(WEIGHTS)
-    if _share(WIDTH) > 1:
-        b_amount = gl.full(b_words.shape, i_step % _share(WIDTH) * (4 * WIDTH), gl.int32, WEIGHTS)
-        # What crosses from one word of a pair to the other is masked away later.
-        b_words = gl.inline_asm_elementwise(
-            "shr.u32 $0, $1, $2;", "=r,r,r,r", [b_words, b_amount], dtype=gl.int16, is_pure=True, pack=2
-        )  # fmt: skip
-    return b_words
-
-
-@gluon.jit
-def _fetch_lines(
-    s_lines, p_lines, m_lines, k_lines, slot, i_step, last, N64, K, group_size,
-    GROUP: gl.constexpr, EVEN_K: gl.constexpr,
-):  # fmt: skip
-    """Send the scales or offsets of a step's groups on their way; k_lines: where in the step their groups begin."""
-    first = (i_step * 128 // (group_size if GROUP == 0 else GROUP)) * N64
-    m_lines = m_lines & (i_step < last)
-    if not EVEN_K:
-        m_lines = m_lines & (i_step * 128 + k_lines < K)
-    copy_to_shared(s_lines.index(slot), p_lines + first, mask=m_lines)
-
-
-@gluon.jit
-def _load_words(rings, slot, i_step, BITS: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr):
-    """Load the words of a step's planes, as `codes.py` wants them."""
-    b_high = _load_tile(rings[0], slot, i_step, _width(BITS, 0), STAGES, WEIGHTS)
-    b_low = b_high
-    if _width(BITS, 1) > 0:
-        b_low = _load_tile(rings[1], slot, i_step, _width(BITS, 1), STAGES, WEIGHTS)
-    return b_high, b_low, b_high, b_high, b_low
-
-
-@gluon.jit
-def _load_line(s_lines, slot, LINE: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load the scales or offsets of one of a step's groups: [BLOCK_N] fp32."""
-    return s_lines.index(slot).slice(LINE * BLOCK_N, BLOCK_N).load(LAYOUT).to(gl.float32)
-
-
-@gluon.jit
-def _fetch_weights(
-    rings, pointers, masks, slot, i_step, first, last, step_words, N64, K, group_size,
-    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, EVEN_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Send the words, scales and offsets of a step on their way."""
-    HIGH: gl.constexpr = _width(BITS, 0)
-    LOW: gl.constexpr = _width(BITS, 1)
-    _fetch_tile(rings[0], pointers[0], masks[0], slot, i_step, first, last, step_words, N64, HIGH, STAGES)
-    if LOW > 0:
-        m_words = masks[0]
-        if BITS == 8 and not EVEN_K:
-            m_words = m_words & (i_step * 128 + 64 < K)  # half a step has no second tile
-        _fetch_tile(rings[1], pointers[1], m_words, slot, i_step, first, last, step_words, N64, LOW, STAGES)
-    _fetch_lines(rings[2], pointers[2], masks[1], masks[2], slot, i_step, last, N64, K, group_size, GROUP, EVEN_K)
-    if HAS_OFFSETS:
-        _fetch_lines(rings[3], pointers[3], masks[3], masks[4], slot, i_step, last, N64, K, group_size, GROUP, EVEN_K)
-
-
-@gluon.jit
-def _fetch_x(s_x0, s_x1, p_x, m_x, k_x, slot, i_step, last, K, EVEN_K: gl.constexpr):
-    """Send both halves of a step's x on their way; what is behind the end of the segment is 0."""
-    m_0 = m_x & (i_step < last)
-    m_1 = m_0
-    if not EVEN_K:
-        m_0, m_1 = m_0 & (i_step * 128 + k_x < K), m_1 & (i_step * 128 + 64 + k_x < K)
-    copy_to_shared(s_x0.index(slot), p_x + i_step * 128, mask=m_0)
-    copy_to_shared(s_x1.index(slot), p_x + (i_step * 128 + 64), mask=m_1)
 
 
 @gluon.jit
@@ -208,7 +95,7 @@ def _add_groups(
     b_sum, b_weights = gl.zeros(b_acc.shape, gl.float32, MMA), b_words[0]
     b_scales = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, MMA))
     for i in gl.static_range(NUM_LINES):
-        b_offsets = _load_line(rings[3], slot, i, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
+        b_offsets = load_line(rings[3], slot, i, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
         if NUM_LINES == 2:
             b_next = _half(b_words, b_offsets, i, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
             s_x = (s_x0 if i == 0 else s_x1).index(x_slot).permute((1, 0))
@@ -220,7 +107,7 @@ def _add_groups(
             b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_weights])
             b_acc += b_sum * b_scales[:, None]
         b_sum = warpgroup_mma(b_next, s_x, b_sum, use_acc=False, is_async=True)
-        b_scales = _load_line(rings[2], slot, i, BLOCK_N, gl.SliceLayout(1, MMA))
+        b_scales = load_line(rings[2], slot, i, BLOCK_N, gl.SliceLayout(1, MMA))
         b_weights = b_next
     # Sums in flight at the end of a turn of the loop would be copied there, and ptxas then waits for every product.
     b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_weights])
@@ -228,8 +115,29 @@ def _add_groups(
 
 
 @gluon.jit
-def _next(slot, NUM_SLOTS: gl.constexpr):
-    return gl.where(slot == NUM_SLOTS - 1, 0, slot + 1)
+def _columns(o_n, N, BLOCK_N: gl.constexpr, IS_GATED: gl.constexpr):
+    """Return which columns a program has, from its first one on; the second half of a gated one's are those of up."""
+    if IS_GATED:
+        # Said aloud, for the division hides from the compiler how many columns lie side by side.
+        o_n += o_n // (BLOCK_N // 2) * (N // 2 - BLOCK_N // 2)
+        return gl.max_contiguous(gl.multiple_of(o_n, 16), 16)
+    else:
+        return o_n
+
+
+@gluon.jit
+def _store_gated(b_acc, p_out, p_inverse, first_n, o_m, M, F, out_stride, MMA: gl.constexpr):
+    """Store silu(gate) * up of sums [BLOCK_N, BLOCK_M], the gate's columns in front of up's."""
+    HALF: gl.constexpr = b_acc.shape[0] // 2
+    b_pair = gl.permute(gl.reshape(b_acc, (2, HALF, b_acc.shape[1])), (1, 2, 0))
+    b_gate, b_up = gl.split(b_pair)
+    b_y = gl.convert_layout(b_gate / (1.0 + gl.exp(-b_gate)) * b_up, MMA, assert_trivial=True)
+    o_f = first_n + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
+    m_out = (o_f < F)[:, None] & (o_m < M)[None, :]
+    if p_inverse is not None:
+        o_f = gl.load(p_inverse + o_f, mask=o_f < F, other=0)
+    p_y = p_out + o_m.to(gl.int64)[None, :] * out_stride + o_f[:, None]
+    gl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_out)
 
 
 @gluon.jit
@@ -237,14 +145,14 @@ def _accumulate_steps(
     b_acc, p_x, p_high, p_low, p_scales, p_offsets, first, last, first_n, first_m, M, N, K, x_stride, group_size,
     BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, EVEN_K: gl.constexpr, EVEN_N: gl.constexpr,
     LATE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    num_warps: gl.constexpr,
+    IS_GATED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Add the product of the steps from first to last of one segment to b_acc [BLOCK_N, BLOCK_M] fp32."""
     DTYPE: gl.constexpr = p_x.dtype.element_ty
     SCALE: gl.constexpr = p_scales.dtype.element_ty
     OFFSET: gl.constexpr = p_offsets.dtype.element_ty
-    HIGH: gl.constexpr = _width(BITS, 0)
-    LOW: gl.constexpr = _width(BITS, 1)
+    HIGH: gl.constexpr = width_of(BITS, 0)
+    LOW: gl.constexpr = width_of(BITS, 1)
     MMA: gl.constexpr = _layout(BLOCK_M, num_warps)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # Shared memory as `ldmatrix` and `wgmma` read it without conflicts; copies of 16 bytes, and of 4 for lines.
@@ -257,26 +165,26 @@ def _accumulate_steps(
     COPY_OFFSETS: gl.constexpr = gl.BlockedLayout([32 // OFFSET.primitive_bitwidth], [32], [num_warps], [0])
     # The last product of a step may still read its x while that of another is fetched.
     X_STAGES: gl.constexpr = STAGES + 1 if LATE else STAGES
-    NUM_LINES: gl.constexpr = _lines(GROUP)
+    NUM_LINES: gl.constexpr = lines_of(GROUP)
     LINES_N: gl.constexpr = NUM_LINES * BLOCK_N
 
-    s_high = gl.allocate_shared_memory(gl.int16, [_slots(HIGH, STAGES), BLOCK_N, 32], WORDS)
-    s_low = s_high
-    if LOW > 0:
-        s_low = gl.allocate_shared_memory(gl.int16, [_slots(LOW, STAGES), BLOCK_N, 32], WORDS)
+    s_high = gl.allocate_shared_memory(gl.int16, [slots_of(HIGH, STAGES), BLOCK_N, 32], WORDS)
     s_scales = gl.allocate_shared_memory(SCALE, [STAGES, LINES_N], LINES)
-    s_offsets = s_scales
+    s_low, s_offsets = s_high, s_scales
+    if LOW > 0:
+        s_low = gl.allocate_shared_memory(gl.int16, [slots_of(LOW, STAGES), BLOCK_N, 32], WORDS)
     if HAS_OFFSETS:
         s_offsets = gl.allocate_shared_memory(OFFSET, [STAGES, LINES_N], LINES)
     s_x0 = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_M, 64], ROWS)
     s_x1 = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_M, 64], ROWS)
 
     N64 = N.to(gl.int64)
-    o_words = gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY_WORDS))
+    o_words = _columns(gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY_WORDS)), N, BLOCK_N, IS_GATED)
     # Lines of scales and offsets, one behind the other.
     o_scales, o_offsets = gl.arange(0, LINES_N, COPY_SCALES), gl.arange(0, LINES_N, COPY_OFFSETS)
     line_scales, line_offsets = o_scales // BLOCK_N, o_offsets // BLOCK_N
-    o_scales, o_offsets = o_scales % BLOCK_N, o_offsets % BLOCK_N
+    o_scales = _columns(o_scales % BLOCK_N, N, BLOCK_N, IS_GATED)
+    o_offsets = _columns(o_offsets % BLOCK_N, N, BLOCK_N, IS_GATED)
     m_words = ((first_n + o_words < N) | EVEN_N)[:, None]
     m_scales, m_offsets = (first_n + o_scales < N) | EVEN_N, (first_n + o_offsets < N) | EVEN_N
     o_c = gl.arange(0, 32, gl.SliceLayout(0, COPY_WORDS))
@@ -296,7 +204,7 @@ def _accumulate_steps(
     per_step = N64 * (64 if BITS == 8 else 32)  # words, where steps share no tile
     step_words = first * per_step
     for i in gl.static_range(STAGES - 1):
-        _fetch_weights(
+        fetch_weights(
             rings, pointers, masks, i, first + i, first, last, step_words, N64, K, group_size,
             BITS, GROUP, HAS_OFFSETS, EVEN_K, STAGES,
         )  # fmt: skip
@@ -304,7 +212,7 @@ def _accumulate_steps(
         step_words += per_step
     wait_for_inputs(OVERLAP)
     for i in gl.static_range(STAGES - 1):
-        _fetch_x(s_x0, s_x1, p_x, m_x, k_x, i, first + i, last, K, EVEN_K)
+        fetch_x(s_x0, s_x1, p_x, m_x, k_x, i, first + i, last, K, EVEN_K)
         async_copy.commit_group()
 
     b_sum = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
@@ -315,18 +223,18 @@ def _accumulate_steps(
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         i_free = i_step + (STAGES - 1)
-        _fetch_weights(
+        fetch_weights(
             rings, pointers, masks, free_slot, i_free, first, last, step_words, N64, K, group_size,
             BITS, GROUP, HAS_OFFSETS, EVEN_K, STAGES,
         )  # fmt: skip
-        _fetch_x(s_x0, s_x1, p_x, m_x, k_x, free_x_slot, i_free, last, K, EVEN_K)
+        fetch_x(s_x0, s_x1, p_x, m_x, k_x, free_x_slot, i_free, last, K, EVEN_K)
         async_copy.commit_group()
-        b_words = _load_words(rings, slot, i_step, BITS, STAGES, WEIGHTS)
+        b_words = load_words(rings, slot, i_step, BITS, STAGES, WEIGHTS)
         if NUM_LINES > 1:
             b_acc = _add_groups(b_acc, b_words, rings, s_x0, s_x1, slot, x_slot, NUM_LINES, BITS, HAS_OFFSETS, MMA)
         else:
-            b_scales = _load_line(s_scales, slot, 0, BLOCK_N, gl.SliceLayout(1, MMA))
-            b_offsets = _load_line(s_offsets, slot, 0, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
+            b_scales = load_line(s_scales, slot, 0, BLOCK_N, gl.SliceLayout(1, MMA))
+            b_offsets = load_line(s_offsets, slot, 0, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
             b_first = _half(b_words, b_offsets, 0, BITS, HAS_OFFSETS, DTYPE, WEIGHTS)
             if LATE:
                 # Only now are the sums of the step before needed: they were made while these weights were unpacked.
@@ -346,8 +254,8 @@ def _accumulate_steps(
                 b_sum, _, _ = warpgroup_mma_wait(0, deps=[b_sum, b_first, b_second])
                 b_acc += b_sum * b_scales[:, None]
         step_words += per_step
-        slot, free_slot = _next(slot, STAGES), _next(free_slot, STAGES)
-        x_slot, free_x_slot = _next(x_slot, X_STAGES), _next(free_x_slot, X_STAGES)
+        slot, free_slot = next_slot(slot, STAGES), next_slot(free_slot, STAGES)
+        x_slot, free_x_slot = next_slot(x_slot, X_STAGES), next_slot(free_x_slot, X_STAGES)
     if LATE:
         b_sum, _ = warpgroup_mma_wait(0, deps=[b_sum, b_second])
         b_acc += b_sum * b_scale[:, None]
@@ -360,14 +268,16 @@ def _accumulate_steps(
 @gluon.jit(do_not_specialize=["M", "first_features", "first_parts", "part_steps", "long_parts", "group_sizes"])
 def _wgmma_kernel(
     p_x, p_highs, p_lows, p_scales, p_offsets, p_bias,
-    p_out,  # [parts of K, M, N], rows out_stride apart
+    p_out,  # [parts of K, M, N], rows out_stride apart; [1, M, N / 2] if gated
+    p_inverse,  # [N / 2] where each feature of a gated product goes, or None
     M, N, x_stride, out_stride, first_features, first_parts, part_steps, long_parts, group_sizes,
     SEGMENTS: gl.constexpr, IS_WHOLE: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr, LATE: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, IS_GATED: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = _layout(BLOCK_M, num_warps)
     i_n, i_k, i_m = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    first_n = i_n * BLOCK_N
+    first_n = i_n * (BLOCK_N // 2 if IS_GATED else BLOCK_N)
     b_acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
     for g in gl.static_range(len(SEGMENTS)):
         # A program belongs to one segment, and walks over its part of it, or over all segments one after the other.
@@ -380,17 +290,20 @@ def _wgmma_kernel(
                 b_acc, p_x + first_features[g], p_highs[g], p_lows[g], p_scales[g], p_offsets[g],
                 first, last, first_n, i_m * BLOCK_M, M, N, first_features[g + 1] - first_features[g], x_stride,
                 group_sizes[g], SEGMENTS[g][0], SEGMENTS[g][1], SEGMENTS[g][2], SEGMENTS[g][3], EVEN_N, LATE,
-                BLOCK_M, BLOCK_N, STAGES, OVERLAP, num_warps,
+                BLOCK_M, BLOCK_N, STAGES, OVERLAP, IS_GATED, num_warps,
             )  # fmt: skip
     let_next_start(OVERLAP)
-    o_n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
+    o_n = first_n + _columns(gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA)), N, BLOCK_N, IS_GATED)
     o_m = i_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))
     m_n = (o_n < N) | EVEN_N
     if HAS_BIAS:
         # Once, whatever the number of parts.
         b_acc += gl.load(p_bias + o_n, mask=m_n & (i_k == 0), other=0.0).to(gl.float32)[:, None]
-    p_y = p_out + (i_k.to(gl.int64) * M + o_m[None, :]) * out_stride + o_n[:, None]
-    gl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_m < M)[None, :])
+    if IS_GATED:
+        _store_gated(b_acc, p_out, p_inverse, first_n, o_m, M, N // 2, out_stride, MMA)
+    else:
+        p_y = p_out + (i_k.to(gl.int64) * M + o_m[None, :]) * out_stride + o_n[:, None]
+        gl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_m < M)[None, :])
 
 
 def check_wgmma(x: Tensor, segments: Sequence[PlaneOperand]) -> None:
@@ -409,19 +322,22 @@ def check_wgmma(x: Tensor, segments: Sequence[PlaneOperand]) -> None:
 
 
 def launch_wgmma(
-    x: Tensor, segments: Sequence[PlaneOperand], splits: Sequence[int], bias: Tensor | None, y: Tensor, tile: Tile
-) -> None:
-    """Write the parts of a product to y.
+    x: Tensor, segments: Sequence[PlaneOperand], splits: Sequence[int], bias: Tensor | None, y: Tensor, tile: Tile,
+    *, is_gated: bool = False, order: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write the parts of a product to y, or silu of its first half of columns times the second half.
 
     Args:
         x: [M, K] fp16 or bf16, rows contiguous.
         segments: the matrices on top of each other, of a kind that `tiles.wgmma_fits`.
         splits: the parts of K of each; all 1 where y has one part, and a program walks over all segments.
         bias: [N], in the first part.
-        y: [parts of K, M, N].
-        tile: with `wgmma`.
+        y: [parts of K, M, N]; [1, M, N / 2] if gated.
+        tile: with `wgmma`; of those that `tiles.takes_gate` if gated.
+        is_gated: whether the matrix is that of gate and up.
+        order: [N / 2] int32, feature j of a gated result is feature order[j] of the product.
     """
-    parts, m, n = y.shape
+    (parts, m, _), n = y.shape, segments[0].out_features
     if x.stride(0) % ALIGNED or x.data_ptr() % (2 * ALIGNED):
         x = x.clone(memory_format=torch.contiguous_format)  # copies of 16 bytes want whole ones
     steps = [divmod(triton.cdiv(s.in_features, MIN_STEP), split) for s, split in zip(segments, splits, strict=True)]
@@ -430,7 +346,7 @@ def launch_wgmma(
     _wgmma_kernel[(triton.cdiv(n, tile.block_n), parts, triton.cdiv(m, tile.block_m))](
         x, tuple(s.planes[0] for s in segments), tuple(s.planes[-1] for s in segments),
         tuple(s.scales for s in segments), tuple(s.scales if s.offsets is None else s.offsets for s in segments),
-        bias, y, m, n, x.stride(0), y.stride(1),
+        bias, y, None if order is None else inverse(order), m, n, x.stride(0), y.stride(1),
         tuple(accumulate((s.in_features for s in segments), initial=0)), tuple(accumulate(splits, initial=0)),
         *zip(*steps, strict=True), tuple(s.group_size for s in segments),
         SEGMENTS=tuple(
@@ -438,6 +354,6 @@ def launch_wgmma(
             for s in segments
         ),
         IS_WHOLE=parts < len(segments) or len(segments) == 1, HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0,
-        LATE=is_late, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
-        **overlap(x),
+        LATE=is_late, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, IS_GATED=is_gated,
+        num_warps=tile.warps, **overlap(x),
     )  # fmt: skip

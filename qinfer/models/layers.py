@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
 from qinfer.kernels.attention import paged_attention
+from qinfer.kernels.gated_matmul import gated_matmul
 from qinfer.kernels.gather import gather_columns, gather_rows
 from qinfer.kernels.invariant import invariant_matmul
 from qinfer.kernels.kv_write import rope_write
@@ -71,6 +72,12 @@ class Linear:
         if self.invariant:
             return self(x, out_dtype=out_dtype)[None]
         return matmul_parts(x, self.operand, bias=self.bias, out_dtype=out_dtype)
+
+    def gated(self, x: Tensor, *, order: Tensor | None) -> Tensor:
+        """Multiply x [T, K] by gate and up: silu of the one times the other, [T, N / 2] in x's dtype and `order`."""
+        if self.invariant:
+            return silu_mul(self(x), order=order)
+        return gated_matmul(x, self.operand, bias=self.bias, order=order)
 
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices that a call multiplies by: this one."""
@@ -135,6 +142,10 @@ class MergedLinear:
     def in_parts(self, x: Tensor) -> Tensor:
         """Multiply x [T, K] for an op that adds parts while it reads them: [S, T, sum of widths]."""
         return self.parts[0].in_parts(x) if len(self.parts) == 1 else self(x)[None]
+
+    def gated(self, x: Tensor, *, order: Tensor | None) -> Tensor:
+        """Multiply x [T, K] by gate and up: silu of the one times the other, [T, N / 2] in x's dtype and `order`."""
+        return self.parts[0].gated(x, order=order) if len(self.parts) == 1 else silu_mul(self(x), order=order)
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
         """Cut an output [T, sum of widths] into one view per matrix that went in."""
@@ -310,10 +321,12 @@ class GatedMLP:
 
     def __call__(self, x: Tensor, batch: Batch, *, out_dtype: torch.dtype) -> Tensor:
         """Return [S, T, C] of `out_dtype` for x [T, C] in the order of `gate_up`; the sum over S is the result."""
-        gate_up = self.gate_up.in_parts(x)
-        if self.gate_up_lora is not None:
+        if self.gate_up_lora is None:
+            hidden = self.gate_up.gated(x, order=self.down.order)
+        else:
+            gate_up = self.gate_up.in_parts(x)
             self.gate_up_lora.add(x, batch, gate_up[0])
-        hidden = silu_mul(gate_up, order=self.down.order, out_dtype=x.dtype)
+            hidden = silu_mul(gate_up, order=self.down.order, out_dtype=x.dtype)
         parts = self.down.in_parts(hidden, out_dtype=out_dtype)
         if self.down_lora is not None:
             self.down_lora.add(hidden, batch, parts[0])

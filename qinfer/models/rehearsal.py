@@ -4,11 +4,13 @@ What a block launches depends on what it is made of, and, in its first norm, on 
 So each kind of block is there behind each kind that it stands behind, the first block in front and the last one at the
 end, where the final norm adds its result. A block's layer of the cache, which may be stored in a format of its own, is
 part of what it is made of.
+
+What kernels compute once and keep, the inverse of an order, is computed for all blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
+from qinfer.kernels.gather import inverse
 from qinfer.kernels.kv_codec import KVPages
 from qinfer.models.decoder import Block, Decoder
 from qinfer.models.layers import Attention
@@ -26,12 +29,28 @@ _ALIGNMENT = 16  # bytes: beyond them no kernel is compiled for where a tensor i
 
 def rehearsal(decoder: Decoder, cache: PagedKVCache) -> Decoder:
     """Return a decoder of some of the same blocks, on every rank of the same ones, to run over the same cache."""
+    for order in _orders(decoder):
+        inverse(order)
     kinds = [_kind((block, _pages(block, cache))) for block in decoder.blocks]
     needed = torch.zeros(1, len(kinds), dtype=torch.int32)
     needed[0, _representatives(kinds)] = 1
     # Ranks exchange sums behind every block, so what one of them needs all of them run.
     everyone = decoder.comm.all_gather(needed.to(decoder.norm.weight.device), 0)
     return replace(decoder, blocks=tuple(decoder.blocks[i] for i in everyone.amax(0).nonzero().flatten().tolist()))
+
+
+def _orders(part: object) -> Iterator[Tensor]:
+    """Yield the orders in which the layers of a model take their inputs, some of them more than once."""
+    if is_dataclass(part):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if field.name == "order" and isinstance(value, Tensor):
+                yield value
+            else:
+                yield from _orders(value)
+    elif isinstance(part, tuple | list):
+        for one in part:
+            yield from _orders(one)
 
 
 def _pages(block: Block, cache: PagedKVCache) -> tuple[KVPages, KVPages] | None:

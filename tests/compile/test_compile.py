@@ -17,10 +17,10 @@ from qinfer.kernels.attention_decoded import decode_prompts
 from qinfer.kernels.kv_decode import _room, kv_decode
 from qinfer.kernels.matmul import segments_of
 from qinfer.kernels.operand import FIELDS, MIN_STEP
-from qinfer.kernels.tiles import TABLES, Tile, has_wgmma_tile, shapes_of
+from qinfer.kernels.tiles import TABLES, Tile, has_wgmma_tile, shapes_of, takes_gate
 from tests.compile.report import Report, compile_for
 from tests.compile.targets import KIB, TARGETS, followers
-from tests.compile.tiles import odd_cases, prompt_cases, tile_cases
+from tests.compile.tiles import gated_cases, odd_cases, prompt_cases, tile_cases
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
@@ -54,6 +54,16 @@ def test_odd_sizes_are_cases_of_the_kernel_for_hopper() -> None:
         assert has_wgmma_tile("sm_90", x.shape[0], operand.out_features, shapes_of(segments_of(operand)))
         assert all(segment.in_features % MIN_STEP for segment in segments_of(operand))
     assert odd_cases(TARGETS["sm_80"]) == []
+
+
+def test_gated_products_of_all_widths_are_cases_of_the_kernel_for_hopper() -> None:
+    cases = gated_cases(TARGETS["sm_90"])
+    assert len({case.name for case in cases}) == len(cases) == 4 * (len(FIELDS) + 2) - 3
+    for case in cases:
+        (_, operand), options = case.make(torch.device("cpu"), "empty")
+        widths = tuple(segment.bits for segment in segments_of(operand))
+        assert takes_gate(options["tile"], operand.out_features, widths)
+    assert gated_cases(TARGETS["sm_80"]) == []
 
 
 def test_prompts_of_all_kinds_are_cases_of_the_kernel_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

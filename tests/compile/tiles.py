@@ -12,7 +12,7 @@ from qinfer.bench.case import Arguments, Case
 from qinfer.bench.maker import PAGE_SIZE, Fill, Maker
 from qinfer.bench.shapes import HALVES, HEADS, LLAMA, Matrix, Shape, Stored, Variant
 from qinfer.kernels.operand import FIELDS, SegmentedOperand
-from qinfer.kernels.tiles import WGMMA, Tile, _table
+from qinfer.kernels.tiles import WGMMA, Tile, _table, takes_gate
 from tests.compile.targets import Target
 
 MATRIX = Matrix("table", 4096, 2048)  # what it is besides even, no kernel knows
@@ -43,6 +43,20 @@ def odd_cases(target: Target) -> list[Case]:
     ]
 
 
+def gated_cases(target: Target) -> list[Case]:
+    """Return cases of gated products in one kernel: each width, and two mixtures, at the rows of each tile."""
+    if target.name not in WGMMA:
+        return []
+    tiles = (Tile(8, 128, 1, 4, 4), Tile(16, 128, 1, 4, 4), Tile(32, 128, 1, 4, 3), Tile(64, 128, 1, 4, 3))
+    late = [replace(tile, wgmma=True, late=True) for tile in tiles]
+    widths = [*((bits,) for bits in FIELDS), (6, 4), (5, 3)]
+    return [
+        Case("gated_matmul", f"{one} bits M={tile.block_m}", partial(_gated, one, tile))
+        for one, tile in product(widths, late)
+        if takes_gate(tile, MATRIX.n, one)
+    ]
+
+
 def prompt_cases(target: Target) -> list[Case]:
     """Return cases of `attention_wgmma.py` that no model of the others has: runs of keys, padded heads, all options."""
     if target.name not in WGMMA:
@@ -66,6 +80,16 @@ def _arguments(stored: Stored, tile: Tile, half: str, device: torch.device, fill
     m = Maker(device, fill)
     x = m.normal(tile.block_m, MATRIX.k, dtype=HALVES[half])
     return (x, m.planes(MATRIX, stored, HALVES[half])), {"tile": tile}
+
+
+def _gated(widths: tuple[int, ...], tile: Tile, device: torch.device, fill: Fill) -> Arguments:
+    m = Maker(device, fill)
+    # Where there are offsets, sums are not added late.
+    stored = [Stored("", bits=bits, group_size=128, sym=bits % 2 == 0) for bits in widths]
+    planes = [m.planes(MATRIX, one, torch.bfloat16) for one in stored]
+    operand = planes[0] if len(planes) == 1 else SegmentedOperand(tuple(planes))
+    x = m.normal(tile.block_m, MATRIX.k * len(planes), dtype=torch.bfloat16)
+    return (x, operand), {"tile": tile, "order": m.permutation(MATRIX.n // 2, wanted=len(planes) > 1)}
 
 
 def _odd(widths: tuple[int, ...], rows: int, group_size: int, device: torch.device, fill: Fill) -> Arguments:

@@ -36,7 +36,7 @@ from qinfer.bench.cases import CASES
 from qinfer.kernels import device
 from tests.compile.sass import disturbed, is_serialized, unwritten
 from tests.compile.targets import TARGETS, Target, followers
-from tests.compile.tiles import odd_cases, prompt_cases, tile_cases
+from tests.compile.tiles import gated_cases, odd_cases, prompt_cases, tile_cases
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.zeros}
@@ -223,4 +223,5 @@ if __name__ == "__main__":
     with open(options.out, "w") as stream:
         target = TARGETS[options.target]
         shared = (case for case in CASES if case.compiled or options.all)
-        main(target, [*shared, *tile_cases(target), *odd_cases(target), *prompt_cases(target)], stream)
+        own = (*tile_cases(target), *odd_cases(target), *gated_cases(target), *prompt_cases(target))
+        main(target, [*shared, *own], stream)

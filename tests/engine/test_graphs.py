@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton import knobs
 
+from qinfer.bench.synthetic import synthetic_model
 from qinfer.cache.paged import PagedKVCache
 from qinfer.engine.generator import Generator
 from qinfer.engine.graphs import GraphRunner, _Captured, bucket_sizes, mixed_sizes
@@ -20,6 +21,8 @@ from qinfer.engine.sequence import Sequence
 from qinfer.engine.steps import StepRunner
 from qinfer.kernels.greedy import greedy
 from qinfer.models.batch import Batch, Piece, Room
+from qinfer.models.decoder import Decoder
+from qinfer.models.layers import Linear
 from qinfer.models.lora import Lora
 from qinfer.models.model import Model
 from qinfer.models.rehearsal import rehearsal
@@ -333,6 +336,42 @@ def test_generator_on_graphs_says_the_same(model: Model) -> None:
     assert recorded & set(with_graphs.runner.graphs.mixed), "no step was mixed"
     assert [out.finish_reason for out in outs] == ["length"] * 5
     assert with_graphs.pages.num_used == 0
+
+
+def with_orders(decoder: Decoder) -> Decoder:
+    """Give every matrix behind attention and every down projection an order of its own, as GPTQ in act-order has it."""
+
+    def ordered(linear: Linear, seed: int) -> Linear:
+        order = torch.randperm(linear.operand.in_features, generator=torch.Generator().manual_seed(seed)).int()
+        return replace(linear, operand=replace(linear.operand, order=order.cuda()))
+
+    blocks = [
+        replace(
+            block,
+            attention=replace(block.attention, out=ordered(block.attention.out, seed)),
+            mlp=replace(block.mlp, down=ordered(block.mlp.down, seed)),
+        )
+        for seed, block in enumerate(decoder.blocks)
+    ]
+    return replace(decoder, blocks=tuple(blocks))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warm", [False, True])
+def test_recorded_steps_find_the_orders_of_layers_that_no_rehearsal_runs(warm: bool) -> None:
+    model = synthetic_model("llama-3.2-1b", "gptq-4bit-g128", torch.device("cuda"), num_layers=7)
+    model.decoder = with_orders(model.decoder)
+    options = {"max_tokens": 512, "page_size": PAGE, "max_batch": 2, "max_step_tokens": 64, "prefix_cache": False}
+    generator, eager = Generator(model, **options), Generator(model, **options)
+    width = generator.runner.graphs.table_width
+    eager.runner.graphs = Eager(eager.runner._forward, eager.cache, max_batch=2, table_width=width, max_step_tokens=64)
+    if warm:
+        generator.warm_up()
+    texts = [tiny.prompt(length, seed=length) for length in (3, 20)]
+    params = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
+    # The first step is none of the largest room, which is recorded first.
+    outs = generator.generate(texts, [params] * 2)
+    assert outs == eager.generate(texts, [params] * 2)
 
 
 @pytest.mark.gpu

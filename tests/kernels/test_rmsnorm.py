@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinfer.kernels.parts import add_up
-from qinfer.kernels.rmsnorm import MAX_WIDTH, add_rmsnorm, rmsnorm
+from qinfer.kernels.rmsnorm import MANY_ROWS, MAX_SHARED_ROWS, MAX_WIDTH, add_rmsnorm, rmsnorm
 from tests.compare import assert_close
 from tests.strategies import random_tensor, seeds
 
@@ -177,3 +177,64 @@ def test_refuses(x, weight, options, error, text):
 def test_add_refuses(residual, delta, error, text):
     with pytest.raises(error, match=text):
         add_rmsnorm(residual, delta, torch.ones(4), eps=1e-6)
+
+
+# --- programs that share rows, on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_parts"),
+    [(1, 4096, 8), (3, 257, 2), (MANY_ROWS, 8192, 5), (MANY_ROWS + 1, 8192, 3), (MAX_SHARED_ROWS, MAX_WIDTH, 2)],
+)
+def test_programs_share_a_row(num_rows, width, num_parts, ordered, device):
+    parts = random_tensor(num_parts, num_rows, width, seed=1).to(device)
+    weight = random_tensor(width, seed=2, dtype=torch.bfloat16).to(device)
+    order = torch.randperm(width).int().to(device) if ordered else None
+    residual = random_tensor(num_rows, width, seed=3).to(device)
+    for _ in range(4):  # every launch finds what the one before has left
+        expected_residual = residual.clone()
+        options = {"eps": 1e-5, "out_dtype": torch.bfloat16, "order": order}
+        expected = add_rmsnorm.reference(expected_residual, parts, weight, **options)
+        again = residual.clone()
+        actual = add_rmsnorm.launch(residual, parts, weight, **options)
+        assert torch.equal(residual, expected_residual)
+        assert_close(actual, expected)
+        assert torch.equal(add_rmsnorm.launch(again, parts, weight, **options), actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+def test_rows_of_other_widths_come_and_go(device):
+    for seed, (num_rows, width) in enumerate([(2, 16384), (40, 300), (2, 128), (64, 16384), (1, 4096), (512, 129)] * 3):
+        residual, weight = random_tensor(num_rows, width, seed=seed).to(device), torch.ones(width, device=device)
+        parts = random_tensor(3, num_rows, width, seed=seed + 1).to(device)
+        if seed % 4 == 0:
+            parts[0, 0, width // 2] = float("nan")  # whose row alone it spoils
+        expected = add_rmsnorm.reference(residual.clone(), parts, weight, eps=1e-6)
+        actual = add_rmsnorm.launch(residual, parts, weight, eps=1e-6)
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert_close(actual.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_recorded_launches_are_replayed_with_new_numbers(num_rows, device):
+    residual, weight = torch.zeros(num_rows, 5000, device=device), torch.ones(5000, device=device)
+    parts = torch.zeros(2, num_rows, 5000, device=device)
+    graph = torch.cuda.CUDAGraph()
+    add_rmsnorm.launch(residual, parts, weight, eps=1e-6)
+    with torch.cuda.graph(graph):
+        results = [add_rmsnorm.launch(residual, parts, weight, eps=1e-6) for _ in range(20)]
+    for seed in range(30):
+        parts.copy_(random_tensor(2, num_rows, 5000, seed=seed))
+        expected = residual.clone()
+        graph.replay()
+        for result in results:
+            assert_close(result, add_rmsnorm.reference(expected, parts, weight, eps=1e-6))
+        assert torch.equal(residual, expected)
+        if seed % 7 == 0:  # launches beside recorded ones
+            add_rmsnorm.launch(residual, parts, weight, eps=1e-6)

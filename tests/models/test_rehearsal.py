@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from qinfer.kernels import gather
 from qinfer.models.model import Model
 from qinfer.models.rehearsal import _kind, _representatives, rehearsal
 from qinfer.parallel.comm import Alone
@@ -72,6 +74,25 @@ def test_blocks_that_launch_other_kernels_are_of_another_kind(model: Model) -> N
     ]
     assert len({_kind(one) for one in (block, *others)}) == 1 + len(others)
     assert _kind(replace(block, attention=replace(attention, layer=7))) == _kind(block)
+
+
+def test_inverses_of_the_orders_of_all_blocks_are_known_afterwards(model: Model) -> None:
+    decoder = model.decoder
+
+    def ordered(seed: int) -> Tensor:
+        return torch.randperm(64, generator=torch.Generator().manual_seed(seed)).int()
+
+    orders = [ordered(seed) for seed in range(len(decoder.blocks))]
+    blocks = tuple(
+        replace(block, mlp_norm=replace(block.mlp_norm, order=order))
+        for block, order in zip(decoder.blocks, orders, strict=True)
+    )
+    assert not any(order in gather._inverses for order in orders)
+    few = rehearsal(replace(decoder, blocks=blocks), model.new_cache(2))
+    assert len(few.blocks) < len(orders)
+    for order in orders:
+        assert order in gather._inverses
+        assert torch.equal(order[gather.inverse(order).long()], torch.arange(64, dtype=torch.int32))
 
 
 def test_all_ranks_run_what_one_of_them_needs(model: Model) -> None:
