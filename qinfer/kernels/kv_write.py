@@ -27,7 +27,7 @@ from qinfer.kernels.checks import check_device, check_float, check_index, check_
 from qinfer.kernels.device import op
 from qinfer.kernels.kv_codec import KVPages, encode, run_length
 from qinfer.kernels.kv_tile import is_rotated, store_rows
-from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.overlap import let_next_start, overlap, starts_early, wait_for_inputs
 from qinfer.kernels.parts import add_up, as_parts, load_sum
 from qinfer.kernels.rmsnorm import rmsnorm
 from qinfer.kernels.rope import rope
@@ -136,8 +136,10 @@ def _kv_write_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(OVERLAP)
+    if not EARLY:
+        let_next_start(OVERLAP)
     Q_BLOCKS: tl.constexpr = (H + BLOCK_Q - 1) // BLOCK_Q
     KV_BLOCKS: tl.constexpr = (G + BLOCK_KV - 1) // BLOCK_KV
     K_DTYPE: tl.constexpr = p_out.dtype.element_ty if HALF > 0 else p_k.dtype.element_ty
@@ -152,6 +154,7 @@ def _kv_write_kernel(
             p_cos + i_position * s_cos, p_sin + i_position * s_sin, o_d, HALF, INTERLEAVED
         )
     wait_for_inputs(OVERLAP)
+    let_next_start(OVERLAP)
     if i_block < Q_BLOCKS:
         if H > 0:
             o_h = (i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]
@@ -273,6 +276,7 @@ def _launch(k: Tensor, v: Tensor, turn: _Turn | None, k_pages: KVPages, v_pages:
         INTERLEAVED=turn.interleaved, RUN=run, K_SCHEME=k_pages.codec.scheme, V_SCHEME=v_pages.codec.scheme,
         BLOCK_Q=block_q, BLOCK_KV=block_kv, BLOCK_D=block_d,
         num_warps=min(max(max(block_q if num_heads else 0, block_kv) * block_d // 128, 1), 4),
+        EARLY=starts_early(num_parts, num_tokens),
         **overlap(k),
     )  # fmt: skip
 

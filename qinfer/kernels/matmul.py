@@ -38,7 +38,7 @@ from qinfer.kernels.codes import constants_of, num_steps
 from qinfer.kernels.dequant import check_plane_operand, dequantize
 from qinfer.kernels.device import arch, is_ptx_target, num_sms, op
 from qinfer.kernels.operand import SLICE_K, DenseOperand, Operand, PlaneOperand, SegmentedOperand
-from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.overlap import let_next_start, overlap, starts_early, wait_for_inputs
 from qinfer.kernels.parts import load_sum
 from qinfer.kernels.plane_part import accumulate_part
 from qinfer.kernels.tiles import FEW_ROWS, FUSED_ROWS, Tile, lookup, registers, rule, shapes_of, shared_bytes
@@ -107,7 +107,10 @@ def _matmul_kernel(
     M, N, x_stride, out_stride, first_features, first_parts, part_steps, long_parts, num_highs, num_groups, group_sizes,
     SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_N: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, COPIES: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        let_next_start(OVERLAP)
     # Programs that share a part of x sit next to each other; parts of K are the slow axis, so a wave reads few K steps.
     i_n, i_k, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -137,10 +140,12 @@ def _matmul_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _sum_kernel(
     p_parts, p_out, M, N, out_stride,
-    NUM_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    NUM_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(OVERLAP)
+    if not EARLY:
+        let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
+    let_next_start(OVERLAP)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     m_out = (o_m < M) & (o_n < N)
@@ -268,7 +273,8 @@ def _fused(
         tuple(s.group_size for s in segments),
         SEGMENTS=tuple(constants_of(segment) for segment in segments), HAS_BIAS=bias is not None,
         EVEN_N=n % tile.block_n == 0, PTX=is_ptx_target(x),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=_stages(tile, segments), COPIES=copies, num_warps=tile.warps,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=_stages(tile, segments), COPIES=copies,
+        EARLY=starts_early(parts, m), num_warps=tile.warps,
         **registers(arch(x.device), tuple(s.bits for s in segments), tile), **overlap(x),
     )  # fmt: skip
     return y
@@ -293,7 +299,8 @@ def _add_up(parts: Tensor, out: Tensor) -> None:
     rows = 1 if m <= FEW_ROWS else 4
     _sum_kernel[triton.cdiv(n, SUM_COLUMNS), triton.cdiv(m, rows)](
         parts, out, m, n, out.stride(0),
-        NUM_PARTS=num_parts, BLOCK_M=rows, BLOCK_N=SUM_COLUMNS, num_warps=rows, **overlap(out),
+        NUM_PARTS=num_parts, BLOCK_M=rows, BLOCK_N=SUM_COLUMNS, EARLY=starts_early(num_parts, m), num_warps=rows,
+        **overlap(out),
     )  # fmt: skip
 
 

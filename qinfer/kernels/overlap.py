@@ -11,6 +11,10 @@ A kernel that takes part (programmatic dependent launch) follows these rules:
   programs says it at once, and behind its wait where it waits for what comes from other ranks. One that fills the GPU
   says it behind its main loop: said earlier, programs of the next kernel sit where its own last programs could run
   (benchmarks/LOG.md).
+- A product in parts of few rows (`starts_early`) says it first of all: the kernel that reads the parts is small, and
+  sits beside its programs until it ends. In return that kernel says it behind its wait, or the one after it, with
+  weights of its own to fetch, would come in as early. Of more rows the reader's programs are so many that they gather
+  where there is room, and stay there.
 - All kernels divide a multiprocessor's memory alike (`carveout.py`), or programs of the next kernel could not start
   where one of this kernel still runs.
 - The launch passes `**overlap(x)`, which holds OVERLAP for the kernel and the option for the driver.
@@ -32,6 +36,7 @@ from qinfer.kernels.carveout import share_alike
 from qinfer.kernels.device import arch
 
 FIRST_ARCH = 90  # Hopper
+EARLY_ROWS = 4
 
 
 @cache
@@ -46,6 +51,11 @@ def _options(name: str) -> dict[str, bool]:
 def overlap(tensor: Tensor) -> dict[str, bool]:
     """Return the arguments of a launch on this tensor's device that decide whether the kernel overlaps with others."""
     return _options("cpu" if settings().interpret else arch(tensor.device))
+
+
+def starts_early(num_parts: int, num_rows: int) -> bool:
+    """Return whether the kernel that reads a product of so many rows, in so many parts, starts together with it."""
+    return num_parts > 1 and num_rows <= EARLY_ROWS
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from torch import Tensor
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import is_ptx_target, op
 from qinfer.kernels.gather import inverse
-from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.overlap import let_next_start, overlap, starts_early, wait_for_inputs
 from qinfer.kernels.parts import add_up, as_parts, load_sum
 
 MAX_WIDTH = 16384
@@ -160,8 +160,10 @@ def _shared_rmsnorm_kernel(
     p_launches,  # [rows] number of the last launch
     stride_residual, stride_delta, stride_part, eps,
     C: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(OVERLAP)
+    if not EARLY:
+        let_next_start(OVERLAP)
     i_block, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     o_c = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -171,6 +173,7 @@ def _shared_rmsnorm_kernel(
     if p_inverse is not None:
         o_out = tl.load(p_inverse + o_c, mask=m_c, other=0)
     wait_for_inputs(OVERLAP)
+    let_next_start(OVERLAP)
     i_launch = tl.load(p_launches + i_row) + 1
     p_x = p_residual + i_row * stride_residual + o_c
     b_x = tl.load(p_x, mask=m_c, other=0.0)
@@ -259,7 +262,8 @@ def _by_many(residual: Tensor, parts: Tensor, weight: Tensor, eps: float, order:
     _shared_rmsnorm_kernel[(triton.cdiv(width, block), num_rows)](
         residual, parts, weight, None if order is None else inverse(order), out, sums, launches,
         residual.stride(0), parts.stride(1), parts.stride(0), eps,
-        C=width, NUM_PARTS=parts.shape[0], BLOCK=block, WORDS=sums.shape[1], num_warps=num_warps, **overlap(residual),
+        C=width, NUM_PARTS=parts.shape[0], BLOCK=block, WORDS=sums.shape[1],
+        EARLY=starts_early(parts.shape[0], num_rows), num_warps=num_warps, **overlap(residual),
     )  # fmt: skip
 
 

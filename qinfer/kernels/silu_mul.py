@@ -17,7 +17,7 @@ from torch import Tensor
 from qinfer.kernels.checks import check_device, check_float, check_index, check_rows, check_shape
 from qinfer.kernels.device import op
 from qinfer.kernels.gather import gather_columns
-from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.overlap import let_next_start, overlap, starts_early, wait_for_inputs
 from qinfer.kernels.parts import add_up, as_parts, load_sum
 
 BLOCK = 1024
@@ -34,9 +34,10 @@ def silu_mul_reference(gate_up: Tensor, *, order: Tensor | None = None, out_dtyp
 @triton.jit(do_not_specialize=["stride_part"])
 def _silu_mul_kernel(
     p_x, p_order, p_out, stride_x, stride_part,
-    F: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    F: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(OVERLAP)
+    if not EARLY:
+        let_next_start(OVERLAP)
     i_t = tl.program_id(0).to(tl.int64)
     o_j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_j = o_j < F
@@ -44,6 +45,7 @@ def _silu_mul_kernel(
     if p_order is not None:
         o_f = tl.load(p_order + o_j, mask=m_j, other=0)
     wait_for_inputs(OVERLAP)
+    let_next_start(OVERLAP)
     p_gate = p_x + i_t * stride_x + o_f
     b_gate = load_sum(p_gate, stride_part, m_j, NUM_PARTS)
     b_up = load_sum(p_gate + F, stride_part, m_j, NUM_PARTS)
@@ -92,6 +94,6 @@ def silu_mul(gate_up: Tensor, *, order: Tensor | None = None, out_dtype: torch.d
         grid = (num_tokens, triton.cdiv(width, block))
         _silu_mul_kernel[grid](
             gate_up, order, out, parts.stride(1), parts.stride(0),
-            F=width, NUM_PARTS=num_parts, BLOCK=block, **overlap(gate_up),
+            F=width, NUM_PARTS=num_parts, BLOCK=block, EARLY=starts_early(num_parts, num_tokens), **overlap(gate_up),
         )  # fmt: skip
     return out

@@ -40,7 +40,7 @@ from qinfer.kernels.codes import constant_group, offset_codes, slice_codes
 from qinfer.kernels.device import arch
 from qinfer.kernels.gather import inverse
 from qinfer.kernels.operand import MIN_STEP, PlaneOperand
-from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.overlap import let_next_start, overlap, starts_early, wait_for_inputs
 from qinfer.kernels.tiles import WGMMA, Tile, shapes_of, wgmma_fits
 from qinfer.kernels.wgmma_rings import (
     fetch_weights,
@@ -273,8 +273,10 @@ def _wgmma_kernel(
     M, N, x_stride, out_stride, first_features, first_parts, part_steps, long_parts, group_sizes,
     SEGMENTS: gl.constexpr, IS_WHOLE: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN_N: gl.constexpr, LATE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, IS_GATED: gl.constexpr,
-    num_warps: gl.constexpr,
+    EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        let_next_start(OVERLAP)
     MMA: gl.constexpr = _layout(BLOCK_M, num_warps)
     i_n, i_k, i_m = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first_n = i_n * (BLOCK_N // 2 if IS_GATED else BLOCK_N)
@@ -355,5 +357,5 @@ def launch_wgmma(
         ),
         IS_WHOLE=parts < len(segments) or len(segments) == 1, HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0,
         LATE=is_late, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, IS_GATED=is_gated,
-        num_warps=tile.warps, **overlap(x),
+        EARLY=starts_early(parts, m), num_warps=tile.warps, **overlap(x),
     )  # fmt: skip
