@@ -36,7 +36,7 @@ from qinfer.kernels.carveout import share_alike
 from qinfer.kernels.device import arch
 
 FIRST_ARCH = 90  # Hopper
-EARLY_ROWS = 4
+EARLY_ROWS = 4  # measured on an H200 (benchmarks/LOG.md)
 
 
 @cache
