@@ -53,7 +53,7 @@ def _norm_cases(run: Run, *, order: bool) -> None:
         x, weight = m.normal(run.tokens, s.hidden, dtype=FP32), m.normal(s.hidden, dtype=d)
         return (x, weight), {"eps": 1e-5, "out_dtype": d, "order": m.permutation(s.hidden, wanted=order)}
 
-    @case("add_rmsnorm", name, compiled=run.compiled)
+    @case("add_rmsnorm", name, compiled=run.compiled_early)
     def _(m: Maker) -> Arguments:
         residual, delta = m.normal(run.tokens, s.hidden, dtype=FP32), m.parts(run, s.hidden)
         keywords = {"eps": 1e-5, "out_dtype": d, "order": m.permutation(s.hidden, wanted=order)}
@@ -89,7 +89,7 @@ def _write_cases(run: Run, codec: str) -> None:
         args = m.parts(run, s.qkv), cos, sin, positions, *pages, slots[: run.tokens]
         return args, {"interleaved": False, "out_dtype": d}
 
-    case("rope_write", name, compiled=run.compiled and codec in (run.half, "q4", "fp8"))(turned)
+    case("rope_write", name, compiled=run.compiled_early and codec in (run.half, "q4", "fp8"))(turned)
 
     @case("rope_write", f"{name} norm", compiled=run.compiled and s is LLAMA and codec in (run.half, "q4"))
     def _(m: Maker) -> Arguments:
@@ -128,7 +128,7 @@ def _gather_cases(run: Run) -> None:
 
 
 def _silu_mul_case(run: Run, *, order: bool) -> None:
-    @case("silu_mul", f"{run.name}{' order' if order else ''}", compiled=run.compiled)
+    @case("silu_mul", f"{run.name}{' order' if order else ''}", compiled=run.compiled_early)
     def _(m: Maker) -> Arguments:
         keywords = {"order": m.permutation(run.shape.mlp, wanted=order), "out_dtype": run.dtype}
         return (m.parts(run, 2 * run.shape.mlp),), keywords
@@ -214,7 +214,7 @@ def _matmul_parts_case(run: Run) -> None:
     """The output projection of attention, which the next norm adds up."""
     matrix = matrices(run.shape)[1]
 
-    @case("matmul_parts", f"{matrix.name} T={run.tokens} {run.half} {G128.name}", compiled=run.compiled)
+    @case("matmul_parts", f"{matrix.name} T={run.tokens} {run.half} {G128.name}", compiled=run.compiled_early)
     def _(m: Maker) -> Arguments:
         x, operand = m.normal(run.tokens, matrix.k, dtype=run.dtype), m.planes(matrix, G128, run.dtype)
         return (x, operand), {"out_dtype": FP32}
