@@ -120,7 +120,10 @@ def _gather_cases(run: Run) -> None:
 
     @case("feed", run.name, compiled=run.compiled and s is LLAMA)
     def _(m: Maker) -> Arguments:
-        return (m.integers(run.tokens, low=-16, high=s.vocabulary), m.integers(16, low=-1, high=s.vocabulary)), {}
+        return (
+            m.integers(run.tokens, low=-16, high=s.vocabulary),
+            m.integers(16, low=-1, high=s.vocabulary, dtype=torch.int64),
+        ), {}
 
     @case("gather_columns", run.name, compiled=run.compiled)
     def _(m: Maker) -> Arguments:

@@ -134,6 +134,8 @@ class GraphRunner:
             for count in ([1] if tokens <= _MOST_ALONE and max_batch > 1 else []) + [max_batch]
         )
         self._rooms = frozenset((*self.mixed, *map(Room.of_rows, self.buckets)))
+        # Of the step whose ids were chosen last. All rooms write there, so the next step finds them whatever its room.
+        self.ids = torch.zeros(max(room.logits for room in self._rooms), dtype=torch.int64, device=cache.device)
         self._decoder = decoder
         self._rehearse = rehearse or decoder
         self._recorded = recorded
@@ -201,7 +203,7 @@ class GraphRunner:
             logits: [n, V] the first rows of what `run` returned last.
 
         Returns:
-            [n] int64, what `greedy` says of them, valid until the next step; None if the logits are others.
+            [n] int64, what `greedy` says of them, the first of `ids`; None if the logits are others.
         """
         if self._last is None or logits.data_ptr() != self._last.logits.data_ptr():
             return None
@@ -255,7 +257,7 @@ class GraphRunner:
                 with _recording(graph, next((captured.graph for captured in self._captured.values()), None)):
                     logits = self._decoder(batch, self._cache)
                 with _recording(choice, graph):
-                    likeliest = greedy(logits)
+                    likeliest = greedy(logits, out=self.ids[: len(logits)])
             # A tensor that owned them would take megabytes from the pool for every room.
             logits = torch.as_tensor(_Memory(logits), device=self._device)
         self._recorded(graph)

@@ -150,7 +150,8 @@ class StepRunner:
         self._streams: list[Sequence] = []  # the sequences at its beginning that compute one token
         self._chosen: list[Sequence] = []  # the sequences of the last step that were sampled
         self._fixed: FixedRows | None = None  # their rows, if all of those are fixed
-        self._sampled = torch.zeros(max_batch, dtype=torch.int32, device=model.device)
+        self._max_batch = max_batch
+        self._sampled = torch.zeros(max_batch, dtype=torch.int64, device=model.device)
         self._on_gpu = model.device.type == "cuda"
         # Two, because the ids of one step are read after the copy of the next may have been launched.
         self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
@@ -167,6 +168,7 @@ class StepRunner:
                 max_step_tokens=max_step_tokens,
                 recorded=model.comm.recorded,
             )
+            self._sampled = self.graphs.ids  # where most ids are already
 
     @property
     def is_mixed(self) -> bool:
@@ -206,8 +208,9 @@ class StepRunner:
         ids = self._model.comm.broadcast(drawn)
         # Nobody reads them here when there were drafts: the host has to say first how many were right.
         num_rows = len(ids)
-        kept = min(num_rows, len(self._sampled))
-        self._sampled[:kept].copy_(ids[:kept])
+        if ids.data_ptr() != self._sampled.data_ptr():
+            kept = min(num_rows, len(self._sampled))
+            self._sampled[:kept].copy_(ids[:kept])
         asked, told = _asked(sequences, counts) if self._fixed is None else {}, None
         if asked:
             index = torch.tensor([*asked]).to(ids.device, non_blocking=True)
@@ -268,7 +271,6 @@ class StepRunner:
         adapter = 0 if self._model.loras else -1
         # A whole last page may reach beyond the last position.
         room = min(self._table_width * self._page_size, self._model.config.max_positions)
-        max_batch = len(self._sampled)
         # What stands in the pages does not matter, and page 0 is there in any pool.
         single = Piece([0], 0, [0], "last")
         sampled = set[int]()
@@ -277,8 +279,8 @@ class StepRunner:
             for start in {0, room - length}:
                 pages = [0] * -(-(start + length) // self._page_size)
                 prompt = Piece([0] * length, start, pages, "last", adapter)
-                several = [prompt] * min(max_batch, self._max_step_tokens // length)
-                for pieces in ([prompt], [prompt, single], [single] * (max_batch - 1) + [prompt], several):
+                several = [prompt] * min(self._max_batch, self._max_step_tokens // length)
+                for pieces in ([prompt], [prompt, single], [single] * (self._max_batch - 1) + [prompt], several):
                     batch = Batch.build(pieces, page_size=self._page_size, device=self._model.device)
                     batch.slots.fill_(-1)
                     logits = self._rehearse(batch, self._cache)

@@ -13,18 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.checks import check_rows, check_shape
+from qinfer.kernels.checks import check_device, check_rows, check_shape
 from qinfer.kernels.device import op
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
 CHUNK = 2048
 
 
-def greedy_reference(logits: Tensor) -> Tensor:
+def greedy_reference(logits: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Compute `greedy` in plain torch."""
     peak, best = logits.max(dim=-1)
     # Zero for finite numbers, NaN for all others.
-    return best.masked_fill_((peak - peak) != 0, -1)
+    best.masked_fill_((peak - peak) != 0, -1)
+    return best if out is None else out.copy_(best)
 
 
 @triton.jit
@@ -57,31 +58,38 @@ def _greedy_rows_kernel(p_peaks, p_bests, p_ids, num_chunks, BLOCK: tl.constexpr
     tl.store(p_ids + i_row, tl.where(tl.abs(b_peak) < float("inf"), b_id, -1).to(tl.int64))
 
 
-def _check_greedy(logits: Tensor) -> None:
+def _check_greedy(logits: Tensor, *, out: Tensor | None = None) -> None:
     check_shape("logits", logits, ("R", "V"))
     if logits.dtype != torch.float32:
         raise TypeError(f"logits must be float32, got {logits.dtype}")
     check_rows("logits", logits)
     if not logits.shape[1]:
         raise ValueError("logits must have a vocabulary, got none")
+    if out is not None:
+        check_shape("out", out, (logits.shape[0],))
+        check_rows("out", out)
+        check_device(logits, out=out)
+        if out.dtype != torch.int64:
+            raise TypeError(f"out must be int64, got {out.dtype}")
 
 
 @op(reference=greedy_reference, check=_check_greedy)
-def greedy(logits: Tensor) -> Tensor:
+def greedy(logits: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Choose the likeliest token of every row.
 
     Args:
         logits: [R, V] fp32, last stride 1.
+        out: [R] int64 to write to, stride 1; a new tensor by default.
 
     Returns:
         [R] int64 ids, -1 where the largest logit is not finite or one is NaN.
 
     Raises:
-        TypeError: logits are not fp32.
-        ValueError: a shape or a stride does not fit.
+        TypeError: logits are not fp32, or out is not int64.
+        ValueError: a shape, a stride or a device does not fit.
     """
     num_rows, vocab_size = logits.shape
-    ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
     if num_rows:
         num_chunks = triton.cdiv(vocab_size, CHUNK)
         peaks = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=logits.device)

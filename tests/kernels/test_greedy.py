@@ -41,6 +41,27 @@ def test_spoiled_rows_and_no_others(body, place, device):
     assert body(logits.to(device)).tolist() == [-1, -1, -1, place, int(logits[4].argmax())]
 
 
+@pytest.mark.parametrize("body", BODIES)
+def test_ids_go_where_they_are_wanted(body, device):
+    logits, kept = random_tensor(3, CHUNK + 1, seed=4).to(device), torch.full((6,), 77, device=device)
+    ids = body(logits, out=kept[2:5])
+    assert ids.data_ptr() == kept[2:].data_ptr()
+    assert kept.tolist() == [77, 77, *logits.argmax(1).tolist(), 77]
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "text"),
+    [
+        (torch.zeros(2, dtype=torch.int32), TypeError, "out must be int64, got torch.int32"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"out must be \[2\]"),
+        (torch.zeros(4, dtype=torch.int64)[::2], ValueError, "out must have last stride 1"),
+    ],
+)
+def test_refuses_other_places(out, error, text):
+    with pytest.raises(error, match=text):
+        greedy(torch.zeros(2, 3), out=out)
+
+
 @pytest.mark.parametrize(
     ("logits", "error", "text"),
     [
