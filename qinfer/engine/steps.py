@@ -151,7 +151,6 @@ class StepRunner:
         self._chosen: list[Sequence] = []  # the sequences of the last step that were sampled
         self._fixed: FixedRows | None = None  # their rows, if all of those are fixed
         self._max_batch = max_batch
-        self._sampled = torch.zeros(max_batch, dtype=torch.int64, device=model.device)
         self._on_gpu = model.device.type == "cuda"
         # Two, because the ids of one step are read after the copy of the next may have been launched.
         self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
@@ -169,6 +168,8 @@ class StepRunner:
                 recorded=model.comm.recorded,
             )
             self._sampled = self.graphs.ids  # where most ids are already
+        else:
+            self._sampled = torch.zeros(max_batch, dtype=torch.int64, device=model.device)
 
     @property
     def is_mixed(self) -> bool:

@@ -73,12 +73,6 @@ class Linear:
             return self(x, out_dtype=out_dtype)[None]
         return matmul_parts(x, self.operand, bias=self.bias, out_dtype=out_dtype)
 
-    def gated(self, x: Tensor, *, order: Tensor | None) -> Tensor:
-        """Multiply x [T, K] by gate and up: silu of the one times the other, [T, N / 2] in x's dtype and `order`."""
-        if self.invariant:
-            return silu_mul(self(x), order=order)
-        return gated_matmul(x, self.operand, bias=self.bias, order=order)
-
     def linears(self) -> Iterator[Linear]:
         """Yield the matrices that a call multiplies by: this one."""
         yield self
@@ -145,7 +139,10 @@ class MergedLinear:
 
     def gated(self, x: Tensor, *, order: Tensor | None) -> Tensor:
         """Multiply x [T, K] by gate and up: silu of the one times the other, [T, N / 2] in x's dtype and `order`."""
-        return self.parts[0].gated(x, order=order) if len(self.parts) == 1 else silu_mul(self(x), order=order)
+        first = self.parts[0]
+        if len(self.parts) == 1 and not first.invariant:
+            return gated_matmul(x, first.operand, bias=first.bias, order=order)
+        return silu_mul(self.in_parts(x), order=order, out_dtype=x.dtype)
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
         """Cut an output [T, sum of widths] into one view per matrix that went in."""

@@ -11,7 +11,7 @@ import torch
 from qinfer.bench.case import Arguments, Case
 from qinfer.bench.maker import PAGE_SIZE, Fill, Maker
 from qinfer.bench.shapes import HALVES, HEADS, LLAMA, Matrix, Shape, Stored, Variant
-from qinfer.kernels.operand import FIELDS, SegmentedOperand
+from qinfer.kernels.operand import FIELDS, PlaneOperand, SegmentedOperand
 from qinfer.kernels.tiles import WGMMA, Tile, _table, takes_gate
 from tests.compile.targets import Target
 
@@ -82,22 +82,24 @@ def _arguments(stored: Stored, tile: Tile, half: str, device: torch.device, fill
     return (x, m.planes(MATRIX, stored, HALVES[half])), {"tile": tile}
 
 
+def _stacked(planes: list[PlaneOperand]) -> PlaneOperand | SegmentedOperand:
+    return planes[0] if len(planes) == 1 else SegmentedOperand(tuple(planes))
+
+
 def _gated(widths: tuple[int, ...], tile: Tile, device: torch.device, fill: Fill) -> Arguments:
     m = Maker(device, fill)
     # Where there are offsets, sums are not added late.
     stored = [Stored("", bits=bits, group_size=128, sym=bits % 2 == 0) for bits in widths]
     planes = [m.planes(MATRIX, one, torch.bfloat16) for one in stored]
-    operand = planes[0] if len(planes) == 1 else SegmentedOperand(tuple(planes))
     x = m.normal(tile.block_m, MATRIX.k * len(planes), dtype=torch.bfloat16)
-    return (x, operand), {"tile": tile, "order": m.permutation(MATRIX.n // 2, wanted=len(planes) > 1)}
+    return (x, _stacked(planes)), {"tile": tile, "order": m.permutation(MATRIX.n // 2, wanted=len(planes) > 1)}
 
 
 def _odd(widths: tuple[int, ...], rows: int, group_size: int, device: torch.device, fill: Fill) -> Arguments:
     m = Maker(device, fill)
     stored = [Stored("", bits=bits, group_size=group_size, sym=bits != 8) for bits in widths]
     planes = [m.planes(replace(MATRIX, k=ODD_K), one, torch.float16) for one in stored]
-    operand = planes[0] if len(planes) == 1 else SegmentedOperand(tuple(planes))
-    return (m.normal(rows, ODD_K * len(planes), dtype=torch.float16), operand), {}
+    return (m.normal(rows, ODD_K * len(planes), dtype=torch.float16), _stacked(planes)), {}
 
 
 def _prompt(shape: Shape, tokens: int, variant: Variant, device: torch.device, fill: Fill) -> Arguments:

@@ -13,6 +13,7 @@ from qinfer.kernels.kv_codec import CODECS
 from qinfer.kernels.overlap import EARLY_ROWS, starts_early
 from qinfer.kernels.tiles import Tile
 from tests.kernels.coded import poisoned
+from tests.kernels.launches import record_constants
 from tests.kernels.operands import plane_operand
 
 COLUMNS = 256
@@ -65,14 +66,10 @@ def test_products_in_parts_and_their_readers_agree(
 ) -> None:
     launched: dict[str, Any] = {}
 
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **constants: launched.update(constants)
-
-    monkeypatch.setattr(module, kernel, Kernel())
+    record_constants(monkeypatch, module, kernel, launched)
     monkeypatch.setattr(rmsnorm, "is_ptx_target", lambda _: True)
     if kernel == "_shared_rmsnorm_kernel" and num_parts == 1:
-        monkeypatch.setattr(rmsnorm, "_add_rmsnorm_kernel", Kernel())
+        record_constants(monkeypatch, rmsnorm, "_add_rmsnorm_kernel", launched)
     parts = torch.zeros(num_parts, num_rows, COLUMNS)
     if launch is None:
         _multiply(Tile(16, 64, num_parts, 4, 3, wgmma=module is wgmma), parts)

@@ -32,6 +32,7 @@ from qinfer.kernels.tiles import (
     wgmma_rule,
 )
 from tests.compare import assert_close
+from tests.kernels.launches import record_constants
 from tests.kernels.operands import plane_operand, segmented_operand
 from tests.strategies import random_tensor
 
@@ -243,13 +244,8 @@ def test_every_segment_has_to_fit(
 def test_sums_are_added_late_only_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch, group_size: int, symmetric: bool, late: bool
 ) -> None:
-    launched = {}
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-            return lambda *args, **constants: launched.update(constants)
-
-    monkeypatch.setattr(wgmma, "_wgmma_kernel", Kernel())
+    launched: dict[str, Any] = {}
+    record_constants(monkeypatch, wgmma, "_wgmma_kernel", launched)
     operand, tile = plane_operand(256, 16, group_size=group_size, symmetric=symmetric), Tile(16, 64, 1, 4, 3, late=True)
     wgmma.launch_wgmma(torch.zeros(1, 256).half(), [operand], [1], None, torch.empty(1, 1, 16), tile)
     assert launched["LATE"] == late
