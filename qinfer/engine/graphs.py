@@ -20,6 +20,7 @@ largest room has memory for all of them, and the logits of a step are overwritte
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,13 +67,21 @@ class _Captured:
 def _recording(graph: torch.cuda.CUDAGraph, beside: torch.cuda.CUDAGraph | None) -> Iterator[None]:
     """Record what is launched on the current stream into a graph, in the memory pool of another one.
 
-    `torch.cuda.graph` gives all memory back to the device first, which takes longer than the recording.
+    `torch.cuda.graph` gives all memory back to the device first, which takes longer than the recording. The garbage
+    collector waits meanwhile: it may end the graphs of a generator that is no longer used, and then the recording is
+    lost. What other threads do, such as taking memory for a model, does no harm.
     """
-    graph.capture_begin(None if beside is None else beside.pool())
+    was_collecting = gc.isenabled()
+    gc.disable()
     try:
-        yield
+        graph.capture_begin(None if beside is None else beside.pool(), capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
     finally:
-        graph.capture_end()
+        if was_collecting:
+            gc.enable()
 
 
 def bucket_sizes(max_batch: int) -> tuple[int, ...]:
