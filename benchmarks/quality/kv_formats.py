@@ -43,7 +43,8 @@ from qinfer.bench.measure import environment
 from qinfer.cache.formats import KV_FORMATS, layer_formats, nbytes_per_token
 from qinfer.compat import q4
 from qinfer.kernels.attention import paged_attention
-from qinfer.kernels.kv_codec import CODECS, KVPages, decode, encode
+from qinfer.kernels.kv_codec import CODECS, decode, encode
+from qinfer.kernels.kv_write import rope_write
 from qinfer.models import layers
 from qinfer.models.model import Model
 
@@ -56,15 +57,10 @@ FORMATS = [*KV_FORMATS, "k8v4", "k4v8", "q4,0-1:q8,-1:q8", *EXLLAMAV2]
 def through_exllamav2(bits: int) -> Iterator[None]:
     """Let attention see what ExLlamaV2's codec makes of the new rows of an fp16 cache."""
 
-    def attend(
-        q: Tensor,
-        k: KVPages,
-        v: KVPages,
-        table: Tensor,
-        starts: Tensor,
-        lens: Tensor,
-        **options: Any,  # noqa: ANN401
-    ) -> Tensor:
+    def attend(qkv: Tensor, *args: Any, out_dtype: torch.dtype, **options: Any) -> Tensor:  # noqa: ANN401
+        *turned, k, v, slots, table, starts, lens = args
+        turning = {name: options.pop(name) for name in ("interleaved", "q_weight", "k_weight", "eps")}
+        q = rope_write(qkv, *turned, k, v, slots, out_dtype=out_dtype, **turning)
         new = torch.arange(int(lens[0]) - len(q), int(lens[0]), device=q.device)
         place = (table[0, new // PAGE_SIZE].long(), slice(None), new % PAGE_SIZE)
         for pages in (k, v):
@@ -73,7 +69,7 @@ def through_exllamav2(bits: int) -> Iterator[None]:
             pages.codes[place] = q4.decode(*q4.encode(rows, bits), bits).view(rows.shape)
         return paged_attention(q, k, v, table, starts, lens, **options)
 
-    with mock.patch.object(layers, "paged_attention", attend):
+    with mock.patch.object(layers, "rope_attention", attend):
         yield
 
 

@@ -178,6 +178,28 @@ def _attention_case(s: Shape, half: str, step: Step, variant: Variant) -> None:
         return (q, k_pages, v_pages, *tables), {**keywords, "order": m.permutation(q[0].numel(), wanted=order)}
 
 
+def _rope_attention_case(run: Run, context: int, *, has_norm: bool) -> None:
+    """Rotation, write and attention of a step of decode, over plain pages."""
+    s, d, batch, width = run.shape, run.dtype, run.tokens, -(-context // PAGE_SIZE)
+    name = f"{s.name} decode B={batch} context={context} {run.half}{' norm' if has_norm else ''}"
+
+    @case("rope_attention", name, compiled=run.compiled and batch == 16)
+    def _(m: Maker) -> Arguments:
+        table = m.permutation(width * batch)
+        assert table is not None
+        table = table.view(batch, width)
+        cos, sin = (m.normal(8192, s.head_dim // 2, dtype=FP32) for _ in range(2))
+        # The last position of each sequence.
+        slots = table[:, (context - 1) // PAGE_SIZE] * PAGE_SIZE + (context - 1) % PAGE_SIZE
+        positions, lens = (m.steps([at] * batch) for at in (context - 1, context))
+        pages = m.pages(s, width * batch, run.half), m.pages(s, width * batch, run.half)
+        places = table, m.steps(list(range(batch + 1))), lens
+        keywords = {"interleaved": False, "max_query_len": 1, "scale": s.head_dim**-0.5, "out_dtype": d}
+        if has_norm:
+            keywords |= {f"{side}_weight": m.normal(s.head_dim, dtype=d) for side in "qk"} | {"eps": 1e-6}
+        return (m.parts(run, s.qkv), cos, sin, positions, *pages, slots, *places), keywords
+
+
 def _kv_decode_case(s: Shape, k_codec: str, v_codec: str) -> None:
     """All that a prompt of 8,192 tokens sees."""
     width = 8192 // PAGE_SIZE
@@ -342,6 +364,8 @@ def _register() -> None:
             _attention_case(s, half, step, variant)
     for s, half, step, variant in product((LLAMA, TINY), HALVES, STEPS, CODED):
         _attention_case(s, half, step, variant)
+    for s, t, half, has_norm in product((LLAMA, TINY), (1, 4, 16, 64), HALVES, (False, True)):
+        _rope_attention_case(Run(s, t, half), 512, has_norm=has_norm)
     for s, variant in product((LLAMA, TINY), CODED):
         assert variant.codecs is not None
         _kv_decode_case(s, *variant.codecs)

@@ -192,6 +192,7 @@ def _mail(values: Values, name: str) -> int:
 
 
 _WRITTEN = dict.fromkeys(("k_pages", "v_pages"), _tokens_of(lambda values: values["slots"].numel()))
+_SEEN = dict.fromkeys(("k_pages", "v_pages"), _tokens_of(lambda values: int(values["context_lens"].sum())))
 _TURNED = dict.fromkeys(("cos", "sin"), _rows_of("positions"))
 # Arguments of which an op takes a part, and how many bytes of them.
 _PARTLY: dict[str, dict[str, Rows]] = {
@@ -199,9 +200,8 @@ _PARTLY: dict[str, dict[str, Rows]] = {
     "rope": _TURNED,
     "kv_write": _WRITTEN,
     "rope_write": _TURNED | _WRITTEN,
-    "paged_attention": dict.fromkeys(
-        ("k_pages", "v_pages"), _tokens_of(lambda values: int(values["context_lens"].sum()))
-    ),
+    "paged_attention": _SEEN,
+    "rope_attention": _TURNED | _SEEN,
     "add_lora": dict.fromkeys(("a", "b"), _slots_of("slots")),
     "edit_logits": dict.fromkeys(("logits", "out"), lambda values, name: 4 * len(values["places"])),
     "expert_matmul": {"operand": _experts},

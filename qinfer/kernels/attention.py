@@ -43,16 +43,7 @@ from qinfer.kernels.attention_blocks import (
     run_of_tiles,
 )
 from qinfer.kernels.attention_decoded import decode_prompts
-from qinfer.kernels.attention_products import (
-    add_values,
-    along_keys,
-    along_queries,
-    finished,
-    no_sums,
-    prepared,
-    scores,
-    turned,
-)
+from qinfer.kernels.attention_fresh import Fresh, fresh_queries, place_of
 from qinfer.kernels.attention_reduce import (
     MAX_LOCKS,
     add_runs,
@@ -62,14 +53,14 @@ from qinfer.kernels.attention_reduce import (
     store_rows,
     store_run,
 )
+from qinfer.kernels.attention_run import attend
 from qinfer.kernels.attention_tiles import MAX_SPLITS, MIN_BLOCK_N, choose_splits, choose_tiles, registers
 from qinfer.kernels.attention_wgmma import launch_prompt, takes_prompt
 from qinfer.kernels.checks import check_device, check_float, check_int32, check_rows, check_shape
 from qinfer.kernels.device import arch, is_amd_target, is_ptx_target, num_sms, op
 from qinfer.kernels.gather import inverse
 from qinfer.kernels.kv_codec import NUM_PLANES, KVPages, run_length
-from qinfer.kernels.kv_tile import has_scales, load_scales, log2_of, num_planes
-from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.overlap import overlap, wait_for_inputs
 
 MAX_GROUP = 64
 INVARIANT_ROWS = 32
@@ -77,7 +68,6 @@ CROWD = 3  # programs of decode that fit a multiprocessor with three stages of p
 MIN_MIXED = 64  # tokens of a step of several sequences, from which on streams have a launch of their own
 STREAM_ROWS = 8  # queries of all heads of a KV head, up to which a sequence is a stream: the tile of decode
 MIN_SHARE = 16  # programs for each tile that a run must have: few sequences are cut finely, many are not
-MIN_SCALE = tl.constexpr(2.0**-64)  # that the softmax shifts by; weights stay below 2^64
 LOG2_E = 1.4426950408889634
 
 
@@ -135,7 +125,7 @@ def paged_attention_reference(
     do_not_specialize_on_alignment=["p_table", "p_starts", "p_lens"],
 )
 def _paged_attention_kernel(
-    p_q, p_k, p_k_scale, p_v, p_v_scale, p_table, p_starts, p_lens, p_roles, p_inverse, p_locks,
+    p_q, fresh, p_k, p_k_scale, p_v, p_v_scale, p_table, p_starts, p_lens, p_roles, p_inverse, p_locks,
     p_out,  # [T, H * D], in the order of p_inverse
     p_parts,  # [T, H, runs, D] fp32, if there are several
     p_lse,  # [T, H, runs] fp32
@@ -151,9 +141,9 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr,  # every sequence fits one query block; see the products
     ROLE: tl.constexpr, FEW: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+    NUM_PARTS: tl.constexpr, INTERLEAVED: tl.constexpr,  # of fresh queries
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    DTYPE: tl.constexpr = tl.float32 if p_q.dtype.element_ty == tl.float32 else tl.float16
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     if is_idle(p_roles, num_seqs, ROLE, OVERLAP):
         return
@@ -176,71 +166,28 @@ def _paged_attention_kernel(
         b_first, b_stop, i_split, num_splits, min_tiles, BLOCK_N, WINDOW, HAS_LOCKS
     )
     p_table += i_seq.to(tl.int64) * s_table
-    # The page of a tile is loaded one round early: as a load within its own round, Triton would give it pipeline stages
-    # of its own and leave K and V a single buffer.
     b_page = tl.load(p_table + b_tile_start * BLOCK_N // PAGE_SIZE, mask=b_tile_start < b_tile_stop, other=0)
 
+    if NUM_PARTS > 0:
+        place = place_of(fresh, i_seq, HEAD_DIM // 2)
     # Where the tokens stand is written before the first kernel of a step, which overlaps with nothing in front of it.
     wait_for_inputs(OVERLAP)
-    p_queries = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
-    b_x = tl.load(p_queries[:, None] + o_d[None, :], mask=m_out, other=0.0)
-    b_q, b_factor, b_offset = prepared(b_x, scale, p_k.dtype.element_ty, DTYPE, RUN, K_SCHEME, PTX)
-
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    # With few rows, sums over keys meet behind the loop: a tile then has one reduction across warps, not two.
-    LATE_SUM: tl.constexpr = BLOCK_M <= 16
-    TILE: tl.constexpr = (BLOCK_N, BLOCK_M) if KEYS_FIRST else (BLOCK_M, BLOCK_N)
-    b_sum = tl.zeros(TILE if LATE_SUM else [BLOCK_M], tl.float32)
-    b_acc = no_sums(BLOCK_M, BLOCK_D, V_SCHEME, KEYS_FIRST)
-    b_q = turned(b_q, num_planes(K_SCHEME), KEYS_FIRST)
-    KEY_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
-    p_k += i_head.to(tl.int64) * s_k_head
-    p_v += i_head.to(tl.int64) * s_v_head
-    for i_tile in range(b_tile_start, b_tile_stop):
-        b_key = i_tile * BLOCK_N
-        b_next = tl.load(p_table + (b_key + BLOCK_N) // PAGE_SIZE, mask=i_tile + 1 < b_tile_stop, other=0)
-        i_page = b_page.to(tl.int64)
-        o_row = b_key % PAGE_SIZE + tl.arange(0, BLOCK_N)
-        o_key = b_key + tl.arange(0, BLOCK_N)
-        # Rows of a page beyond the sequence may hold NaN, and a probability of 0 times NaN is NaN.
-        m_key = o_key < b_stop
-        b_scores = scores(
-            b_q, b_factor, b_offset, p_k + i_page * s_k_page, p_k_scale, i_page * s_k_scale_page + i_head * PAGE_SIZE,
-            o_row, m_key, K_ROW, DTYPE, HEAD_DIM, BLOCK_D, K_SCHEME, SOFTCAP, PTX, KEYS_FIRST,
+    if NUM_PARTS > 0:
+        if (i_split > 0) & (b_tile_start == b_tile_stop):
+            return
+        is_last = (b_tile_start < b_tile_stop) & (b_tile_stop * BLOCK_N >= b_stop)
+        b_x = fresh_queries(
+            p_q, fresh, place, p_k, p_v, i_seq, i_head, o_head, m_row, is_last, s_q_token, s_q_head, s_k_page, s_k_head,
+            s_v_page, s_v_head, PAGE_SIZE, K_ROW, V_ROW, HEAD_DIM // 2, INTERLEAVED, NUM_PARTS, p_out.dtype.element_ty,
         )  # fmt: skip
-        # Every query of a block sees all keys of the tiles in front of its first one.
-        if KEYS_FIRST or WINDOW > 0 or b_key + BLOCK_N > b_first + 1:
-            m_seen = along_keys(o_key, KEYS_FIRST) <= along_queries(b_own, KEYS_FIRST)
-            if WINDOW > 0:
-                m_seen = m_seen & (along_keys(o_key, KEYS_FIRST) > along_queries(b_own - WINDOW, KEYS_FIRST))
-            b_scores = tl.where(m_seen, b_scores, float("-inf"))
-        b_bound = b_scores
-        if has_scales(V_SCHEME):
-            b_scale = load_scales(p_v_scale, i_page * s_v_scale_page + i_head * PAGE_SIZE, o_row, m_key)
-            # Not that of zero, which has no logarithm: where all scales are tiny, sums of weights would be infinite.
-            b_bound += along_keys(log2_of(tl.maximum(b_scale, MIN_SCALE)), KEYS_FIRST)
-        b_new_max = tl.maximum(b_max, tl.max(b_bound, axis=KEY_AXIS))
-        # A row that has seen nothing yet would compute -inf - -inf.
-        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_scores - along_queries(b_shift, KEYS_FIRST))
-        b_decay = tl.exp2(b_max - b_shift)
-        if LATE_SUM:
-            b_sum = b_sum * along_queries(b_decay, KEYS_FIRST) + b_p
-        else:
-            b_sum = b_sum * b_decay + tl.sum(b_p, axis=KEY_AXIS)
-        if has_scales(V_SCHEME):
-            b_p *= along_keys(b_scale, KEYS_FIRST)
-        b_acc = add_values(
-            b_acc, b_decay, b_p, p_v + i_page * s_v_page, o_row, m_key, V_ROW, DTYPE,
-            HEAD_DIM, BLOCK_D, V_SCHEME, PTX, KEYS_FIRST,
-        )  # fmt: skip
-        b_max = b_new_max
-        b_page = b_next
-    let_next_start(OVERLAP)
-
-    if LATE_SUM:
-        b_sum = tl.sum(b_sum, axis=KEY_AXIS)
-    b_out = finished(b_acc, b_sum, DTYPE, RUN, HEAD_DIM, V_SCHEME, PTX, KEYS_FIRST)
+    else:
+        p_queries = p_q + o_token * s_q_token + o_head.to(tl.int64) * s_q_head
+        b_x = tl.load(p_queries[:, None] + o_d[None, :], mask=m_out, other=0.0)
+    b_out, b_max, b_sum = attend(
+        b_x, p_k, p_k_scale, p_v, p_v_scale, p_table, b_page, b_tile_start, b_tile_stop, b_first, b_stop, b_own, i_head,
+        scale, s_k_page, s_k_head, s_k_scale_page, s_v_page, s_v_head, s_v_scale_page, HEAD_DIM, PAGE_SIZE,
+        K_SCHEME, V_SCHEME, K_ROW, V_ROW, RUN, WINDOW, SOFTCAP, BLOCK_N, KEYS_FIRST, PTX, OVERLAP,
+    )  # fmt: skip
     if IS_SPLIT:
         if b_runs > 1:
             if i_split < b_runs:
@@ -370,12 +317,12 @@ def paged_attention(
         some = prompts._replace(role=PROMPT.value, roles=decoded.roles)
         launch_prompt(q, decoded.keys, decoded.values, places._replace(page_table=decoded.page_table), some, out)
         if decoded.may_be_full:
-            _launch(q, k_pages, v_pages, places, some._replace(role=LEFT_OVER.value), out)
+            launch_pages(q, k_pages, v_pages, places, some._replace(role=LEFT_OVER.value), out)
     else:
-        launch = launch_prompt if takes_prompt(q, k_pages, v_pages, wanted) else _launch
+        launch = launch_prompt if takes_prompt(q, k_pages, v_pages, wanted) else launch_pages
         launch(q, k_pages, v_pages, places, prompts, out)
     if few:
-        _launch(q, k_pages, v_pages, places, prompts._replace(max_query_len=few, role=STREAM.value), out)
+        launch_pages(q, k_pages, v_pages, places, prompts._replace(max_query_len=few, role=STREAM.value), out)
     return out
 
 
@@ -387,8 +334,16 @@ def _most_of_a_stream(q: Tensor, k_pages: KVPages, places: Places, wanted: Wante
     return few if is_mixed and not wanted.invariant and not is_amd_target(q) else 0
 
 
-def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wanted: Wanted, out: Tensor) -> None:
-    """Write attention to out [T, H * D], by the kernel that takes every step."""
+def launch_pages(
+    q: Tensor,
+    k_pages: KVPages,
+    v_pages: KVPages,
+    places: Places,
+    wanted: Wanted,
+    out: Tensor,
+    fresh: Fresh | None = None,
+) -> None:
+    """Write attention to out [T, H * D], by the kernel that takes every step; fresh queries are those of `fresh`."""
     (num_tokens, num_heads, head_dim), (num_kv_heads, page_size) = q.shape, k_pages.codes.shape[1:3]
     num_seqs, group, order = len(places.context_lens), num_heads // num_kv_heads, wanted.order
     schemes = (k_pages.codec.scheme, v_pages.codec.scheme)
@@ -413,7 +368,8 @@ def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wante
     locks = locks_of(q.device) if has_locks and parts is not None else None
     block_d = max(16 * max(NUM_PLANES[scheme] for scheme in schemes), triton.next_power_of_2(head_dim))
     _paged_attention_kernel[num_blocks, num_kv_heads, splits](
-        q, k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, *places, wanted.roles,
+        q, None if fresh is None else fresh.arguments,
+        k_pages.words, k_pages.scales, v_pages.words, v_pages.scales, *places, wanted.roles,
         None if order is None else inverse(order), locks, out, parts, lse, wanted.scale,
         *q.stride()[:2], *k_pages.strides, *v_pages.strides, places.page_table.stride(0),
         num_seqs, (num_seqs - 1).bit_length(), min_tiles, K_ROW=k_pages.words.stride(2), V_ROW=v_pages.words.stride(2),
@@ -423,6 +379,7 @@ def _launch(q: Tensor, k_pages: KVPages, v_pages: KVPages, places: Places, wante
         IS_SPLIT=splits > 1, HAS_LOCKS=has_locks, HAS_ORDER=order is not None,
         ROLE=wanted.role, FEW=wanted.few, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
         CHUNK=runs_at_once(group, block_d, tiles.num_warps), ONE_BLOCK=one_block, KEYS_FIRST=tiles.keys_first,
+        NUM_PARTS=0 if fresh is None else fresh.num_parts, INTERLEAVED=fresh is not None and fresh.interleaved,
         PTX=is_ptx_target(q), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **registers(name, tiles, schemes, has_order=order is not None, is_padded=block_d > head_dim), **overlap(q),
     )  # fmt: skip

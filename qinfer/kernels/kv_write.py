@@ -50,7 +50,7 @@ def kv_write_reference(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages,
             pages.scales[page, :, offset] = scales
 
 
-def _heads(qkv: Tensor, k_pages: KVPages) -> tuple[Tensor, ...]:
+def heads_of(qkv: Tensor, k_pages: KVPages) -> tuple[Tensor, ...]:
     """Return views of the queries [S, T, H, D], the keys [S, T, G, D] and the values [S, T, G, D] of a product."""
     num_kv_heads, head_dim = k_pages.codes.shape[1], k_pages.head_dim
     heads = as_parts(qkv).unflatten(-1, (-1, head_dim))
@@ -74,7 +74,7 @@ def rope_write_reference(
 ) -> Tensor:
     """Compute `rope_write` in plain torch."""
     dtype = out_dtype or qkv.dtype
-    q, k, v = (x[0].clone() for x in _heads(add_up(qkv), k_pages))
+    q, k, v = (x[0].clone() for x in heads_of(add_up(qkv), k_pages))
     if q_weight is not None and k_weight is not None:
         q, k = (rmsnorm.reference(x, weight, eps=eps) for x, weight in ((q, q_weight), (k, k_weight)))
     rope.reference(q, k, cos, sin, positions, interleaved=interleaved)
@@ -228,7 +228,7 @@ def _check_rope_write(
         raise ValueError(
             f"qkv must have (H + 2 · {num_kv_heads}) · {head_dim} columns for these pages, got {qkv.shape[-1]}"
         )
-    q, k, v = (x[0] for x in _heads(qkv, k_pages))
+    q, k, v = (x[0] for x in heads_of(qkv, k_pages))
     rope.check(q, k, cos, sin, positions, interleaved=interleaved)
     _check_kv_write(k, v, k_pages, v_pages, slots)
     if (q_weight is None) != (k_weight is None):
@@ -344,7 +344,7 @@ def rope_write(
             range.
         UnsupportedError: the codec cannot store rows of D numbers.
     """
-    q, k, v = _heads(qkv, k_pages)
+    q, k, v = heads_of(qkv, k_pages)
     out = torch.empty(q.shape[1:], dtype=out_dtype or qkv.dtype, device=qkv.device)
     if out.numel():
         turn = _Turn(q, out, cos, sin, positions, interleaved, q_weight, k_weight, eps)

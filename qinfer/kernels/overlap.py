@@ -12,9 +12,9 @@ A kernel that takes part (programmatic dependent launch) follows these rules:
   says it behind its main loop: said earlier, programs of the next kernel sit where its own last programs could run
   (benchmarks/LOG.md).
 - A product in parts of few rows (`starts_early`) says it first of all: the kernel that reads the parts is small, and
-  sits beside its programs until it ends. In return that kernel says it behind its wait, or the one after it, with
-  weights of its own to fetch, would come in as early. Of more rows the reader's programs are so many that they gather
-  where there is room, and stay there.
+  sits beside its programs until it ends; attention that reads them itself comes in as they end. In return that kernel
+  says it behind its wait, or the one after it, with weights of its own to fetch, would come in as early. Of more rows
+  the reader's programs are so many that they gather where there is room, and stay there.
 - All kernels divide a multiprocessor's memory alike (`carveout.py`), or programs of the next kernel could not start
   where one of this kernel still runs.
 - The launch passes `**overlap(x)`, which holds OVERLAP for the kernel and the option for the driver.

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
-from qinfer.kernels.attention import paged_attention
 from qinfer.kernels.gated_matmul import gated_matmul
 from qinfer.kernels.gather import gather_columns, gather_rows
 from qinfer.kernels.invariant import invariant_matmul
-from qinfer.kernels.kv_write import rope_write
 from qinfer.kernels.matmul import matmul, matmul_parts
 from qinfer.kernels.operand import Operand
 from qinfer.kernels.rmsnorm import add_rmsnorm, rmsnorm
+from qinfer.kernels.rope_attention import rope_attention
 from qinfer.kernels.silu_mul import silu_mul
 from qinfer.models.batch import Batch
 from qinfer.models.config import RopeConfig
@@ -266,30 +265,26 @@ class Attention:
         if self.qkv_lora is not None:
             self.qkv_lora.add(x, batch, qkv[0])
         pages, rope, norm = cache.pages(self.layer), self.rope, self.norm
-        q = rope_write(
+        mixed = rope_attention(
             qkv,
             rope.cos,
             rope.sin,
             batch.positions,
             *pages,
             batch.slots,
-            interleaved=rope.interleaved,
-            q_weight=None if norm is None else norm.q_weight,
-            k_weight=None if norm is None else norm.k_weight,
-            eps=0.0 if norm is None else norm.eps,
-            out_dtype=x.dtype,
-        )
-        mixed = paged_attention(
-            q,
-            *pages,
             batch.page_table,
             batch.query_starts,
             batch.context_lens,
+            interleaved=rope.interleaved,
             max_query_len=batch.max_query_len,
             scale=self.scale,
+            q_weight=None if norm is None else norm.q_weight,
+            k_weight=None if norm is None else norm.k_weight,
+            eps=0.0 if norm is None else norm.eps,
             window=self.window,
             order=self.out.order,
             invariant=self.invariant,
+            out_dtype=x.dtype,
         )
         parts = self.out.in_parts(mixed, out_dtype=out_dtype)
         if self.out_lora is not None:

@@ -15,8 +15,8 @@ from qinfer.engine.generator import Generator
 from qinfer.engine.sampling import SamplingParams
 from qinfer.env import settings
 from qinfer.errors import UnsupportedError
-from qinfer.kernels.attention import paged_attention
 from qinfer.kernels.device import default_device
+from qinfer.kernels.rope_attention import rope_attention
 from qinfer.models import layers
 from qinfer.models.batch import Batch, Piece
 from qinfer.models.invariant import make_invariant
@@ -77,9 +77,9 @@ def test_every_product_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def attend(*args: Any, invariant: bool, **options: Any) -> Tensor:
         asked.append(invariant)
-        return paged_attention.reference(*args, **options)
+        return rope_attention.reference(*args, **options)
 
-    monkeypatch.setattr(layers, "paged_attention", attend)
+    monkeypatch.setattr(layers, "rope_attention", attend)
     for chosen in (decoder, fixed):
         _logits(Model(model.config, chosen, device=model.device, dtype=model.dtype), [Piece([1], 0, [0], "last")])
     decided = Model(model.config, fixed, device=model.device, dtype=model.dtype)
