@@ -115,5 +115,5 @@ def test_kernels_of_a_gpu_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture
     assert bench([*ARGUMENTS, "--json", str(file)]) == 0
     kernels = json.loads(file.read_text())["kernels"]
     assert sum(row["share"] for row in kernels.values()) == pytest.approx(1)
-    assert kernels["_kv_write_kernel"]["launches"] == 6
-    assert "_kv_write_kernel" in capsys.readouterr().out
+    assert kernels["_paged_attention_kernel"]["launches"] == 6
+    assert "_paged_attention_kernel" in capsys.readouterr().out

@@ -176,8 +176,8 @@ def test_streams_have_a_launch_of_their_own(batch, window, splits, codec, device
         rooms.append(num_tokens)
         return room(q, num_tokens, splits)
 
-    launch, room = attention._launch, attention.room_for_runs
-    monkeypatch.setattr(attention, "_launch", spy)
+    launch, room = attention.launch_pages, attention.room_for_runs
+    monkeypatch.setattr(attention, "launch_pages", spy)
     monkeypatch.setattr(attention, "room_for_runs", spy_room)
     monkeypatch.setattr(attention, "MIN_MIXED", len(case.q))
     pages = [KVPages.plain(x) if codec == "fp32" else coded(x, CODECS[codec]) for x in (case.k_pages, case.v_pages)]
@@ -205,7 +205,7 @@ def test_sequences_of_other_roles_are_left_alone(role, has_roles, splits, device
     wanted = wanted_of(case, splits=splits, role=role.value, few=2, **few)
     wanted = wanted._replace(roles=None if roles is None else int32(roles, device))
     out = torch.full_like(case.q.flatten(1), 7.0)
-    attention._launch(*case.args[:3], Places(*case.args[3:]), wanted, out)
+    attention.launch_pages(*case.args[:3], Places(*case.args[3:]), wanted, out)
     expected = paged_attention.reference(*case.args, **case.options)
     for b, query_len in enumerate(case.query_lens):
         rows = slice(int(case.query_starts[b]), int(case.query_starts[b + 1]))

@@ -20,7 +20,7 @@ from tests.kernels.coded import poisoned
 from tests.strategies import random_tensor, seeds
 
 FEW = settings(max_examples=8)
-POSITIONS = 200
+POSITIONS = 2100
 FP16 = ("fp16", "fp16")
 
 
@@ -187,6 +187,19 @@ def test_sequences_of_several_tokens_take_two(device: torch.device) -> None:
     args[6] = torch.tensor(slots, dtype=torch.int32, device=device)
     args[8] = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
     run_both(Step(args, {**step.options, "max_query_len": 2}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim"), [((32, 8), 128), ((32, 8), 64), ((64, 8), 128)])
+def test_real_shapes(heads: tuple[int, int], head_dim: int, has_norm: bool) -> None:
+    sizes = {"heads": heads, "head_dim": head_dim, "page_size": 256, "parts": 8, "has_norm": has_norm}
+    for lens in ([2000, 1], [513] * 16, [700, 0, 1, 64, 65] * 12):
+        step = make(lens, torch.device("cuda"), **sizes)
+        run_both(step)
+        once, again = step.copy(), step.copy()
+        results = [rope_attention.launch(*one.args, **one.options) for one in (once, again)]
+        assert torch.equal(*results), "two runs differ"
 
 
 def test_the_check_is_that_of_both() -> None:
