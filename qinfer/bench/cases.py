@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate, product, starmap
+from typing import Any
 
 import torch
 
@@ -69,6 +70,11 @@ def _head_cases(run: Run) -> None:
         return (m.heads(s, run.tokens, d)[0], m.normal(s.head_dim, dtype=d)), {"eps": 1e-6}
 
 
+def _norm_of_heads(m: Maker, run: Run) -> dict[str, Any]:
+    """Keywords that normalize query and key heads."""
+    return {f"{side}_weight": m.normal(run.shape.head_dim, dtype=run.dtype) for side in "qk"} | {"eps": 1e-6}
+
+
 def _write_cases(run: Run, codec: str) -> None:
     """The write to the cache, alone, fused with the rotation, and with the norm of heads before it."""
     s, d = run.shape, run.dtype
@@ -94,8 +100,7 @@ def _write_cases(run: Run, codec: str) -> None:
     @case("rope_write", f"{name} norm", compiled=run.compiled and s is LLAMA and codec in (run.half, "q4"))
     def _(m: Maker) -> Arguments:
         args, keywords = turned(m)
-        weights = {f"{side}_weight": m.normal(s.head_dim, dtype=d) for side in "qk"}
-        return args, {**keywords, **weights, "eps": 1e-6}
+        return args, keywords | _norm_of_heads(m, run)
 
 
 def _rope_case(run: Run, *, interleaved: bool, part: int) -> None:
@@ -195,9 +200,8 @@ def _rope_attention_case(run: Run, context: int, *, has_norm: bool) -> None:
         pages = m.pages(s, width * batch, run.half), m.pages(s, width * batch, run.half)
         places = table, m.steps(list(range(batch + 1))), lens
         keywords = {"interleaved": False, "max_query_len": 1, "scale": s.head_dim**-0.5, "out_dtype": d}
-        if has_norm:
-            keywords |= {f"{side}_weight": m.normal(s.head_dim, dtype=d) for side in "qk"} | {"eps": 1e-6}
-        return (m.parts(run, s.qkv), cos, sin, positions, *pages, slots, *places), keywords
+        norm = _norm_of_heads(m, run) if has_norm else {}
+        return (m.parts(run, s.qkv), cos, sin, positions, *pages, slots, *places), keywords | norm
 
 
 def _kv_decode_case(s: Shape, k_codec: str, v_codec: str) -> None:

@@ -20,7 +20,7 @@ from qinfer.kernels.kv_write import heads_of, rope_write
 
 MAX_FRESH = 64  # tokens of a step that is one launch
 SMALL_HEAD = 64  # features up to which a single token is one, too
-MAX_GROUP = 16  # query heads of a KV head: the rows of a tile of decode
+MAX_FRESH_GROUP = 16  # query heads of a KV head: the rows of a tile of decode
 
 
 def rope_attention_reference(
@@ -227,5 +227,5 @@ def _fits(q: Tensor, k_pages: KVPages, v_pages: KVPages, cos: Tensor, places: Pl
     is_plain = all(pages.codec.scheme == "plain" and pages.codes.element_size() == 2 for pages in (k_pages, v_pages))
     turns = 2 * cos.shape[1] == head_dim >= 16 and head_dim & (head_dim - 1) == 0
     is_small = (2 if head_dim > SMALL_HEAD else 1) <= num_tokens <= MAX_FRESH and num_tokens * num_kv_heads <= MAX_LOCKS
-    has_tile = num_heads <= MAX_GROUP * num_kv_heads and dtype.itemsize == 2 and not is_amd_target(q)
+    has_tile = num_heads <= MAX_FRESH_GROUP * num_kv_heads and dtype.itemsize == 2 and not is_amd_target(q)
     return is_plain and turns and is_small and has_tile and num_tokens == len(places.context_lens)
