@@ -1,11 +1,13 @@
 """The input of steps on the host: first streams with one token each, refilled in place, then pieces of prompts.
 
-A buffer is read by its copy to the device while the host fills the next one, so there are two of them, taken in turn:
-when a buffer comes round again, the ids of its step have been on the host, and its copy is long done.
+The device reads a buffer when it comes to its step, and meanwhile the host fills the next one, so there are two of
+them, taken in turn. The host waits before it fills one that was not read yet: of a long prompt it would fill all steps
+before the device has ended the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 
@@ -31,6 +33,7 @@ class _Buffer:
         self.streams: Rows[Sequence] | None = None  # whose step it holds, where that had no pieces
         # Of each row: whose pages it holds, of which allocation, and how many.
         self.owners = [(-1, 0, 0)] * room.sequences
+        self.wait_until_read: Callable[[], object] = lambda: None
 
     def arrange(self, streams: Rows[Sequence], pieces: Rows[Piece], page_size: int) -> None:
         """Write all that stays the same when the same streams have their next step."""
@@ -78,6 +81,7 @@ class StepRows:
         """
         self._buffers.reverse()
         buffer, count = self._buffers[0], len(streams)
+        buffer.wait_until_read()
         if pieces or streams is not buffer.streams:
             buffer.arrange(streams, pieces, self._page_size)
         arrays = buffer.arrays
@@ -92,3 +96,7 @@ class StepRows:
         arrays.slots[:count] = arrays.page_table[self._arange[:count], page] * self._page_size + offset
         np.add(positions, 1, out=arrays.context_lens[:count])
         return buffer.current
+
+    def launched(self, wait_until_read: Callable[[], object]) -> None:
+        """Note how to wait until the device has read the last batch; without this, it was read already."""
+        self._buffers[0].wait_until_read = wait_until_read

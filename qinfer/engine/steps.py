@@ -146,6 +146,7 @@ class StepRunner:
         self._table_width = table_width
         self._max_step_tokens = max_step_tokens
         self._rows: dict[Room, StepRows] = {}
+        self._unread: StepRows | None = None  # whose last batch the device may not have read when the last event comes
         self._step: Step = []  # the last one
         self._streams: list[Sequence] = []  # the sequences at its beginning that compute one token
         self._chosen: list[Sequence] = []  # the sequences of the last step that were sampled
@@ -260,6 +261,9 @@ class StepRunner:
             return None
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(self._model.device))
+        if self._unread is not None:
+            self._unread.launched(arrived.synchronize)
+            self._unread = None
         return arrived
 
     def warm_up(self) -> None:
@@ -322,9 +326,8 @@ class StepRunner:
         if self.graphs is None or room is None:
             pieces = [_piece(sequence, 1) for sequence in streams] + pieces
             return self._forward(Batch.build(pieces, page_size=self._page_size, device=self._model.device), self._cache)
-        batch = self._rows_of(room).fill(streams, pieces)
         self._forget_moved_adapters()
-        return self.graphs.run(batch)[: used.logits]
+        return self._replay(self.graphs, room, streams, pieces)[: used.logits]
 
     def _forget_moved_adapters(self) -> None:
         """Forget what was recorded with adapters whose buffers the model has replaced since."""
@@ -335,11 +338,21 @@ class StepRunner:
 
     def _decode(self, streams: list[Sequence]) -> Tensor:
         """Run a step of one token per sequence, through a recorded graph where there are graphs."""
-        size = len(streams) if self.graphs is None else self.graphs.bucket(len(streams))
-        batch = self._rows_of(Room.of_rows(size)).fill(streams)
         self._forget_moved_adapters()
-        logits = self._forward(batch, self._cache) if self.graphs is None else self.graphs.run(batch)
-        return logits[: len(streams)]
+        if self.graphs is None:
+            return self._forward(self._rows_of(Room.of_rows(len(streams))).fill(streams), self._cache)
+        room = Room.of_rows(self.graphs.bucket(len(streams)))
+        return self._replay(self.graphs, room, streams, ())[: len(streams)]
+
+    def _replay(self, graphs: GraphRunner, room: Room, streams: Rows[Sequence], pieces: Rows[Piece]) -> Tensor:
+        """Run a step through a recorded graph."""
+        if self._unread is not None:
+            # Nobody waits for ids of the step before: it computed a part of a prompt, or is a draft model's.
+            self._arrival()
+        rows = self._rows_of(room)
+        logits = graphs.run(rows.fill(streams, pieces))
+        self._unread = rows
+        return logits
 
     def _rows_of(self, room: Room) -> StepRows:
         """Return the buffers of a room, allocated now if there are none yet."""

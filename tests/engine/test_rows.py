@@ -95,3 +95,16 @@ def test_newest_token_may_be_known_to_the_device_alone() -> None:
     assert (one.newest, one.num_pending, list(one.pending(1))) == (-3, 1, [-3])
     one.generated, one.source, one.num_computed = [50, 60], 0, 3
     assert list(one.pending(4)) == [3, 50, 60, -1]
+
+
+def test_a_buffer_is_filled_again_once_it_was_read() -> None:
+    rows = StepRows(Room.of_rows(ROWS), table_width=WIDTH, page_size=PAGE, pin=False)
+    read: list[tuple[int, list[int]]] = []
+    for step in range(5):
+        batch = rows.fill([sequence(0, step, [0, 1])])
+
+        def wait(step: int = step, batch: Batch = batch) -> None:
+            read.append((step, batch.positions.tolist()))
+
+        rows.launched(wait)
+    assert read == [(step, [step, 0, 0, 0]) for step in range(3)]
