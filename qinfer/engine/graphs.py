@@ -145,6 +145,8 @@ class GraphRunner:
         self._rooms = frozenset((*self.mixed, *map(Room.of_rows, self.buckets)))
         # Of the step whose ids were chosen last. All rooms write there, so the next step finds them whatever its room.
         self.ids = torch.zeros(max(room.logits for room in self._rooms), dtype=torch.int64, device=cache.device)
+        # The same on the host, where they stay until the next are chosen.
+        self.host_ids = torch.zeros(len(self.ids), dtype=torch.int64, pin_memory=self.ids.is_cuda)
         self._decoder = decoder
         self._rehearse = rehearse or decoder
         self._recorded = recorded
@@ -212,7 +214,8 @@ class GraphRunner:
             logits: [n, V] the first rows of what `run` returned last.
 
         Returns:
-            [n] int64, what `greedy` says of them, the first of `ids`; None if the logits are others.
+            [n] int64, what `greedy` says of them, the first of `ids`, on their way to `host_ids` as well; None if the
+            logits are others.
         """
         if self._last is None or logits.data_ptr() != self._last.logits.data_ptr():
             return None
@@ -251,10 +254,12 @@ class GraphRunner:
         """Rehearse the step and the choice after it on a stream of their own, then record them."""
         with torch.cuda.device(self._device):
             batch = self._padding(room, has_adapters=has_adapters)
+            # What the last step chose may still have readers.
+            unread = torch.empty(room.logits, dtype=torch.int64, pin_memory=True)
             self._side = side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                greedy(self._rehearse(batch, self._cache))
+                greedy(self._rehearse(batch, self._cache), host=unread)
             torch.cuda.current_stream().wait_stream(side)
             if all(room > other for other, _ in self._captured):
                 # It takes new memory, some of which the rehearsal has had.
@@ -266,7 +271,7 @@ class GraphRunner:
                 with _recording(graph, next((captured.graph for captured in self._captured.values()), None)):
                     logits = self._decoder(batch, self._cache)
                 with _recording(choice, graph):
-                    likeliest = greedy(logits, out=self.ids[: len(logits)])
+                    likeliest = greedy(logits, out=self.ids[: len(logits)], host=self.host_ids[: len(logits)])
             # A tensor that owned them would take megabytes from the pool for every room.
             logits = torch.as_tensor(_Memory(logits), device=self._device)
         self._recorded(graph)

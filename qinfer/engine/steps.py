@@ -98,7 +98,10 @@ class Sampled:
     scores: list[Scores]  # of prompts, once the ids are there
 
     def ids(self) -> list[int]:
-        """Wait for the ids and return them, one per row, -1 where the logits were not finite."""
+        """Wait for the ids and return them, one per row, -1 where the logits were not finite.
+
+        To be called before the next ids are sampled, which come to the same place.
+        """
         if self._arrived is not None:
             self._arrived.synchronize()
         ids: list[int] = self._ids.tolist()
@@ -130,7 +133,7 @@ class StepRunner:
         table_width: int,
         max_step_tokens: int,
     ) -> None:
-        """Allocate the buffers that carry ids between steps and to the host.
+        """Allocate the buffer that carries ids between steps.
 
         Args:
             model: The model.
@@ -153,8 +156,6 @@ class StepRunner:
         self._fixed: FixedRows | None = None  # their rows, if all of those are fixed
         self._max_batch = max_batch
         self._on_gpu = model.device.type == "cuda"
-        # Two, because the ids of one step are read after the copy of the next may have been launched.
-        self._host_ids = [torch.empty(max_batch, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
         self._decoder = model.decoder  # whose steps are recorded
         self._rehearsal: Decoder | None = None  # of it
         self.graphs: GraphRunner | None = None
@@ -208,20 +209,22 @@ class StepRunner:
             return Sampled([], [], nothing, {}, None, self._arrival(), self._model.comm, scores) if scores else None
         # Rank 0 decides; the others would agree but for the order in which a library adds.
         ids = self._model.comm.broadcast(drawn)
-        # Nobody reads them here when there were drafts: the host has to say first how many were right.
-        num_rows = len(ids)
-        if ids.data_ptr() != self._sampled.data_ptr():
-            kept = min(num_rows, len(self._sampled))
+        is_in_place = ids.data_ptr() == self._sampled.data_ptr()
+        if not is_in_place:
+            # Nobody reads them here when there were drafts: the host has to say first how many were right.
+            kept = min(len(ids), len(self._sampled))
             self._sampled[:kept].copy_(ids[:kept])
         asked, told = _asked(sequences, counts) if self._fixed is None else {}, None
         if asked:
             index = torch.tensor([*asked]).to(ids.device, non_blocking=True)
             told = logprobs(said[index], ids[index], max(asked.values()))
-        if not self._on_gpu:
+        if not self._on_gpu or self.graphs is None:
             return Sampled(sequences, counts, ids, asked, told, None, self._model.comm, scores)
-        self._host_ids.reverse()
-        room = self._host_ids[0][:num_rows]
-        host = room.copy_(ids, non_blocking=True) if len(room) == num_rows else copying(ids)
+        host = self.graphs.host_ids[: len(ids)]
+        if len(host) < len(ids):
+            host = copying(ids)
+        elif not is_in_place or self._model.comm.size > 1:
+            host.copy_(ids, non_blocking=True)
         told = None if told is None else Logprobs(*map(copying, told))
         return Sampled(sequences, counts, host, asked, told, self._arrival(), self._model.comm, scores)
 

@@ -20,11 +20,13 @@ from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 CHUNK = 2048
 
 
-def greedy_reference(logits: Tensor, *, out: Tensor | None = None) -> Tensor:
+def greedy_reference(logits: Tensor, *, out: Tensor | None = None, host: Tensor | None = None) -> Tensor:
     """Compute `greedy` in plain torch."""
     peak, best = logits.max(dim=-1)
     # Zero for finite numbers, NaN for all others.
     best.masked_fill_((peak - peak) != 0, -1)
+    if host is not None:
+        host.copy_(best)
     return best if out is None else out.copy_(best)
 
 
@@ -45,7 +47,7 @@ def _greedy_chunks_kernel(
 
 
 @triton.jit
-def _greedy_rows_kernel(p_peaks, p_bests, p_ids, num_chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _greedy_rows_kernel(p_peaks, p_bests, p_ids, p_host, num_chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     let_next_start(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
@@ -55,37 +57,45 @@ def _greedy_rows_kernel(p_peaks, p_bests, p_ids, num_chunks, BLOCK: tl.constexpr
     b_bests = tl.load(p_bests + i_row * num_chunks + o_c, mask=m_c, other=0)
     b_peak = tl.max(b_peaks, 0)
     b_id = tl.min(tl.where(m_c & (b_peaks == b_peak), b_bests, 2147483647), 0)
-    tl.store(p_ids + i_row, tl.where(tl.abs(b_peak) < float("inf"), b_id, -1).to(tl.int64))
+    b_id = tl.where(tl.abs(b_peak) < float("inf"), b_id, -1).to(tl.int64)
+    tl.store(p_ids + i_row, b_id)
+    if p_host is not None:
+        tl.store(p_host + i_row, b_id)
 
 
-def _check_greedy(logits: Tensor, *, out: Tensor | None = None) -> None:
+def _check_greedy(logits: Tensor, *, out: Tensor | None = None, host: Tensor | None = None) -> None:
     check_shape("logits", logits, ("R", "V"))
     if logits.dtype != torch.float32:
         raise TypeError(f"logits must be float32, got {logits.dtype}")
     check_rows("logits", logits)
     if not logits.shape[1]:
         raise ValueError("logits must have a vocabulary, got none")
-    if out is not None:
-        check_shape("out", out, (logits.shape[0],))
-        check_rows("out", out)
-        check_device(logits, out=out)
-        if out.dtype != torch.int64:
-            raise TypeError(f"out must be int64, got {out.dtype}")
+    for name, ids in (("out", out), ("host", host)):
+        if ids is not None:
+            check_shape(name, ids, (logits.shape[0],))
+            check_rows(name, ids)
+            if ids.dtype != torch.int64:
+                raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    check_device(logits, out=out)
+    if host is not None and (host.is_cuda or (logits.is_cuda and not host.is_pinned())):
+        raise ValueError(f"host must be in page-locked memory of the host, got memory of {host.device}")
 
 
 @op(reference=greedy_reference, check=_check_greedy)
-def greedy(logits: Tensor, *, out: Tensor | None = None) -> Tensor:
+def greedy(logits: Tensor, *, out: Tensor | None = None, host: Tensor | None = None) -> Tensor:
     """Choose the likeliest token of every row.
 
     Args:
         logits: [R, V] fp32, last stride 1.
         out: [R] int64 to write to, stride 1; a new tensor by default.
+        host: [R] int64 in page-locked memory of the host, stride 1, to write the ids to as well: the next kernel waits
+            for a copy behind this one, for 9 µs on an H200 (benchmarks/LOG.md).
 
     Returns:
         [R] int64 ids, -1 where the largest logit is not finite or one is NaN.
 
     Raises:
-        TypeError: logits are not fp32, or out is not int64.
+        TypeError: logits are not fp32, or out or host is not int64.
         ValueError: a shape, a stride or a device does not fit.
     """
     num_rows, vocab_size = logits.shape
@@ -98,5 +108,7 @@ def greedy(logits: Tensor, *, out: Tensor | None = None) -> Tensor:
             logits, peaks, bests, vocab_size, logits.stride(0), num_chunks, CHUNK=CHUNK, **overlap(logits)
         )
         block = triton.next_power_of_2(num_chunks)
-        _greedy_rows_kernel[(num_rows,)](peaks, bests, ids, num_chunks, BLOCK=block, num_warps=1, **overlap(logits))
+        _greedy_rows_kernel[(num_rows,)](
+            peaks, bests, ids, host, num_chunks, BLOCK=block, num_warps=1, **overlap(logits)
+        )
     return ids

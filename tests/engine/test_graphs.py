@@ -363,6 +363,16 @@ def test_what_a_step_reads_stays_until_the_device_comes_to_it(model: Model) -> N
         )
 
 
+@pytest.mark.gpu
+def test_recording_in_between_leaves_the_ids_of_the_last_step(model: Model) -> None:
+    runner = GraphRunner(model.decoder, model.new_cache(12, page_size=PAGE), max_batch=2, table_width=WIDTH)
+    runner.ids.fill_(7)
+    runner.host_ids.fill_(8)
+    runner.capture_all()
+    torch.cuda.synchronize()
+    assert (runner.ids.tolist(), runner.host_ids.tolist()) == ([7, 7], [8, 8])
+
+
 def with_orders(decoder: Decoder) -> Decoder:
     """Give every matrix behind attention and every down projection an order of its own, as GPTQ in act-order has it."""
 

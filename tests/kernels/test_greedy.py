@@ -49,17 +49,37 @@ def test_ids_go_where_they_are_wanted(body, device):
     assert kept.tolist() == [77, 77, *logits.argmax(1).tolist(), 77]
 
 
+@pytest.mark.parametrize("body", BODIES)
+def test_ids_go_to_the_host_as_well(body, device):
+    logits = random_tensor(3, CHUNK + 1, seed=4)
+    logits[1, 5] = math.nan
+    kept = torch.full((6,), 77, pin_memory=device.type == "cuda")
+    ids = body(logits.to(device), host=kept[2:5])
+    # Reading these waits for the device.
+    expected = [int(logits[0].argmax()), -1, int(logits[2].argmax())]
+    assert ids.tolist() == expected
+    assert kept.tolist() == [77, 77, *expected, 77]
+
+
+@pytest.mark.parametrize("name", ["out", "host"])
 @pytest.mark.parametrize(
-    ("out", "error", "text"),
+    ("ids", "error", "text"),
     [
-        (torch.zeros(2, dtype=torch.int32), TypeError, "out must be int64, got torch.int32"),
-        (torch.zeros(3, dtype=torch.int64), ValueError, r"out must be \[2\]"),
-        (torch.zeros(4, dtype=torch.int64)[::2], ValueError, "out must have last stride 1"),
+        (torch.zeros(2, dtype=torch.int32), TypeError, "must be int64, got torch.int32"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"must be \[2\]"),
+        (torch.zeros(4, dtype=torch.int64)[::2], ValueError, "must have last stride 1"),
     ],
 )
-def test_refuses_other_places(out, error, text):
-    with pytest.raises(error, match=text):
-        greedy(torch.zeros(2, 3), out=out)
+def test_refuses_other_places(name, ids, error, text):
+    with pytest.raises(error, match=f"{name} {text}"):
+        greedy(torch.zeros(2, 3), **{name: ids})
+
+
+@pytest.mark.gpu
+def test_refuses_memory_that_the_device_cannot_write(device):
+    for host in (torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64, device=device)):
+        with pytest.raises(ValueError, match="host must be in page-locked memory of the host"):
+            greedy(torch.zeros(2, 3, device=device), host=host)
 
 
 @pytest.mark.parametrize(
