@@ -326,11 +326,11 @@ def _sample_cases(s: Shape, rows: int) -> None:
             logits = m.normal(rows, s.vocabulary, dtype=FP32)
             # As if logits had a standard deviation of 3: the likeliest of 100,000 tokens gets a few percent.
             table = m.numbers([[4.3, top_k, top_p, 1.0, (row + 0.5) / rows] for row in range(rows)])
-            return (logits, table), {"filtered": top_k > 0 or top_p < 1}
+            return (logits, table), {"filtered": top_k > 0 or top_p < 1, "host": m.host_ids(rows)}
 
     @case("greedy", f"{s.name} R={rows}", compiled=s is LLAMA and rows == 16)
     def _(m: Maker) -> Arguments:
-        return (m.normal(rows, s.vocabulary, dtype=FP32),), {}
+        return (m.normal(rows, s.vocabulary, dtype=FP32),), {"host": m.host_ids(rows)}
 
     @case("edit_logits", f"{s.name} R={rows}", compiled=s is LLAMA and rows == 16)
     def _(m: Maker) -> Arguments:

@@ -61,6 +61,10 @@ class Maker:
             return self._empty(len(rows), len(rows[0]), dtype=torch.float64)
         return torch.tensor(rows, dtype=torch.float64, device=self.device)
 
+    def host_ids(self, rows: int) -> Tensor:
+        """Memory of the host for ids, to which the device can write."""
+        return torch.zeros(rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+
     def heads(self, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as strided views of a merged projection."""
         qkv = self.normal(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)

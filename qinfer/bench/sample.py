@@ -21,7 +21,8 @@ from qinfer.bench.report import append
 from qinfer.engine.sampling import Row, SamplerState, SamplingParams, sample
 from qinfer.errors import UnsupportedError
 from qinfer.kernels.device import default_device
-from qinfer.kernels.sample import ONE, sample_rows
+from qinfer.kernels.sample import sample_rows
+from qinfer.kernels.token_weights import ONE
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

@@ -1,9 +1,9 @@
 """What can be done to the weights of tokens before one is drawn, each as a pure function.
 
-Weights are int64 and proportional to probabilities (`kernels/sample.py`); each function takes [R, V] weights sorted
-likeliest first and parameters [R, 1], one per row. A filter sets weights to zero, leaves the others as they are, and
-keeps at least one token; what is left renormalises by its own sum. Sums are integer sums, so that a row comes out the
-same alone and in any batch. Top-k and top-p are `keep_top_k` and `keep_top_p` of `kernels/sample.py`.
+Weights are int64 and proportional to probabilities (`kernels/token_weights.py`); each function takes [R, V] weights
+sorted likeliest first and parameters [R, 1], one per row. A filter sets weights to zero, leaves the others as they are,
+and keeps at least one token; what is left renormalises by its own sum. Sums are integer sums, so that a row comes out
+the same alone and in any batch. Top-k and top-p are `keep_top_k` and `keep_top_p` of `kernels/token_weights.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from qinfer.kernels.sample import keep_top_p
+from qinfer.kernels.token_weights import keep_top_p
 
 # The unit in which an entropy is summed, in bits: fine, and 19 bits, the most there can be, stay below 2^63 units.
 _ENTROPY_UNIT = 2.0**-56

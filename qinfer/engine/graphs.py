@@ -14,6 +14,9 @@ A room owns the buffer of a `Batch`; a step copies its own buffer over that one 
 carries slot -1 and context length 0: it writes nothing and reads nothing. Its attention gives zeros and its other rows
 depend on no row but themselves.
 
+Behind each step one of three choices of ids may follow, recorded as well (`engine/choices.py`): the likeliest ids, and
+draws with and without filters, whose numbers a table on the device holds. Other ways of sampling are launched.
+
 All graphs allocate from one memory pool on one stream; what a pool holds for several streams it keeps apart. So the
 largest room has memory for all of them, and the logits of a step are overwritten by the next step of any room.
 """
@@ -25,11 +28,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
-from qinfer.kernels.greedy import greedy
+from qinfer.engine.choices import CHOICES, GREEDY_NUMBERS, Choice, check_table, choose
+from qinfer.kernels.sample import MAX_VOCABULARY
 from qinfer.models.batch import Batch, Room
 
 _DRAFT_LOGITS = 64  # rows of logits that a mixed step has at least, if it has as many tokens
@@ -54,13 +60,12 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A recorded step: where its input is read and its logits appear, and the choice of the likeliest ids after it."""
+    """A recorded step: where its input is read and its logits appear, and the choices of ids that may follow."""
 
     graph: torch.cuda.CUDAGraph
     batch: Batch
     logits: Tensor  # [R, V]
-    choice: torch.cuda.CUDAGraph
-    likeliest: Tensor  # [R] int64
+    choices: dict[Choice, torch.cuda.CUDAGraph]
 
 
 @contextmanager
@@ -147,6 +152,8 @@ class GraphRunner:
         self.ids = torch.zeros(max(room.logits for room in self._rooms), dtype=torch.int64, device=cache.device)
         # The same on the host, where they stay until the next are chosen.
         self.host_ids = torch.zeros(len(self.ids), dtype=torch.int64, pin_memory=self.ids.is_cuda)
+        self._table = torch.tensor([GREEDY_NUMBERS] * len(self.ids), dtype=torch.float64, device=cache.device)
+        self._host_table = self._table.cpu().pin_memory() if self.ids.is_cuda else self._table.clone()
         self._decoder = decoder
         self._rehearse = rehearse or decoder
         self._recorded = recorded
@@ -207,20 +214,33 @@ class GraphRunner:
         self._last = captured
         return captured.logits
 
-    def likeliest(self, logits: Tensor) -> Tensor | None:
-        """Choose the likeliest ids of the step that ran last with one launch, which is all that most steps want.
+    def choose(self, logits: Tensor, choice: Choice, table: NDArray[np.float64]) -> Tensor | None:
+        """Choose ids of the step that ran last with one launch, which is all that most steps want.
 
         Args:
             logits: [n, V] the first rows of what `run` returned last.
+            choice: What the rows of the table make.
+            table: [n, 5] of `sample_rows`.
 
         Returns:
-            [n] int64, what `greedy` says of them, the first of `ids`, on their way to `host_ids` as well; None if the
-            logits are others.
+            [n] int64, -1 where the logits are not finite: the first of `ids`, on their way to `host_ids` as well; None
+            if the logits are others, or the vocabulary is too large for such a choice.
+
+        Raises:
+            ValueError: The table has other rows than the logits.
         """
-        if self._last is None or logits.data_ptr() != self._last.logits.data_ptr():
+        check_table(logits, table)
+        last = self._last
+        if last is None or logits.data_ptr() != last.logits.data_ptr() or choice not in last.choices:
             return None
-        self._last.choice.replay()
-        return self._last.likeliest[: len(logits)]
+        if choice != "greedy":
+            rows = self._host_table[: len(last.logits)]
+            rows.numpy()[: len(table)] = table
+            # Rows of padding are cheapest so.
+            rows.numpy()[len(table) :] = GREEDY_NUMBERS
+            self._table[: len(rows)].copy_(rows, non_blocking=True)
+        last.choices[choice].replay()
+        return self.ids[: len(logits)]
 
     def _find(self, room: Room, *, has_adapters: bool) -> _Captured:
         """Return a room, recorded now if it was not yet."""
@@ -251,7 +271,7 @@ class GraphRunner:
         return replace(batch, has_adapters=has_adapters)
 
     def _capture(self, room: Room, *, has_adapters: bool) -> _Captured:
-        """Rehearse the step and the choice after it on a stream of their own, then record them."""
+        """Rehearse the step and the choices after it on a stream of their own, then record them."""
         with torch.cuda.device(self._device):
             batch = self._padding(room, has_adapters=has_adapters)
             # What the last step chose may still have readers.
@@ -259,20 +279,25 @@ class GraphRunner:
             self._side = side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                greedy(self._rehearse(batch, self._cache), host=unread)
+                logits = self._rehearse(batch, self._cache)
+                choices = CHOICES if logits.shape[1] <= MAX_VOCABULARY else CHOICES[:1]
+                for choice in choices:
+                    choose(choice, logits, self._table[: len(logits)], host=unread)
             torch.cuda.current_stream().wait_stream(side)
             if all(room > other for other, _ in self._captured):
                 # It takes new memory, some of which the rehearsal has had.
                 torch.cuda.empty_cache()
-            graph, choice = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            graph, after = torch.cuda.CUDAGraph(), {choice: torch.cuda.CUDAGraph() for choice in choices}
             side.synchronize()
             with torch.cuda.stream(side):
                 # Any recorded graph knows the pool that all of them share.
                 with _recording(graph, next((captured.graph for captured in self._captured.values()), None)):
                     logits = self._decoder(batch, self._cache)
-                with _recording(choice, graph):
-                    likeliest = greedy(logits, out=self.ids[: len(logits)], host=self.host_ids[: len(logits)])
+                table, out, host = (rows[: len(logits)] for rows in (self._table, self.ids, self.host_ids))
+                for choice, chosen in after.items():
+                    with _recording(chosen, graph):
+                        choose(choice, logits, table, out=out, host=host)
             # A tensor that owned them would take megabytes from the pool for every room.
             logits = torch.as_tensor(_Memory(logits), device=self._device)
         self._recorded(graph)
-        return _Captured(graph=graph, batch=batch, logits=logits, choice=choice, likeliest=likeliest)
+        return _Captured(graph=graph, batch=batch, logits=logits, choices=after)

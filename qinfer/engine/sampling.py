@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qinfer.engine import filters
+from qinfer.engine.choices import GREEDY_NUMBERS, check_table, choice_of, choose
 from qinfer.engine.constraints import Words, keep_allowed
 from qinfer.engine.params import SamplingParams
 from qinfer.engine.penalties import Changes, Edits
 from qinfer.kernels.edit_logits import edit_logits
 from qinfer.kernels.greedy import greedy
-from qinfer.kernels.sample import ONE, draw, keep_top_k, keep_top_p, sample_rows, token_weights
+from qinfer.kernels.token_weights import ONE, draw, keep_top_k, keep_top_p, token_weights
 
 __all__ = [
-    "FixedRows",
     "Logprobs",
     "Row",
     "SamplerState",
@@ -163,33 +163,6 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return ids
 
 
-class FixedRows:
-    """Rows that differ from step to step in their random numbers alone: what else they say is laid out once."""
-
-    def __init__(self, states: Sequence[SamplerState]) -> None:
-        """Lay out the rows of requests whose `is_fixed` is True."""
-        self._states = states
-        self.is_greedy = all(state.params.temperature == 0 for state in states)
-        self._table = np.array([] if self.is_greedy else [state.numbers for state in states], np.float64)
-
-    def sample(self, logits: Tensor, steps: Sequence[int]) -> Tensor:
-        """Choose one token per row, as `sample` does.
-
-        Args:
-            logits: [R, V] fp32; not changed.
-            steps: How many ids each request has generated.
-
-        Returns:
-            [R] int64 ids, -1 where the logits are not finite.
-        """
-        if logits.shape[0] != len(self._states):
-            raise ValueError(f"logits must be [{len(self._states)}, V], one row per request, got {[*logits.shape]}")
-        if self.is_greedy:
-            return greedy(logits)
-        self._table[:, -1] = [state.uniforms.at(step) for state, step in zip(self._states, steps, strict=True)]
-        return _sample_table(logits, self._table)
-
-
 class Logprobs(NamedTuple):
     """Natural logarithms of probabilities, on the device."""
 
@@ -245,13 +218,25 @@ def guide(positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
 
 def _sample_plain(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Draw by temperature, top-k, top-p and min-p: one op."""
-    return _sample_table(logits, _plain_table([(row.params, row.uniform) for row in rows]))
+    return sample_table(logits, _plain_table([(row.params, row.uniform) for row in rows]))
 
 
-def _sample_table(logits: Tensor, table: NDArray[np.float64]) -> Tensor:
-    """Draw by the numbers of `sample_rows`' table, [R, 5] on the host; it may change once this returns."""
-    (columns,) = _to_device(logits.device, table)
-    return sample_rows(logits, columns, filtered=bool((table[:, 1] > 0).any() or (table[:, 2] < 1).any()))
+def sample_table(logits: Tensor, table: NDArray[np.float64]) -> Tensor:
+    """Choose one token per row by numbers on the host.
+
+    Args:
+        logits: [R, V] fp32; not changed.
+        table: [R, 5] of `sample_rows`; it may change once this returns.
+
+    Returns:
+        [R] int64 ids, -1 where the logits are not finite.
+
+    Raises:
+        ValueError: The table has other rows than the logits.
+    """
+    check_table(logits, table)
+    choice = choice_of(table)
+    return choose(choice, logits, None if choice == "greedy" else _to_device(logits.device, table)[0])
 
 
 def _plain_table(rows: Sequence[tuple[SamplingParams, float]]) -> NDArray[np.float64]:
@@ -262,7 +247,7 @@ def _plain_table(rows: Sequence[tuple[SamplingParams, float]]) -> NDArray[np.flo
 def _plain_numbers(params: SamplingParams, uniform: float) -> tuple[float, ...]:
     """Return a row of `sample_rows`' table."""
     if params.temperature == 0:
-        return 0.0, 0.0, 1.0, 1.0, 0.0
+        return GREEDY_NUMBERS
     return _rate(params.temperature), params.top_k, params.top_p, max(1, math.ceil(params.min_p * ONE)), uniform
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from qinfer.cache.paged import PagedKVCache
+from qinfer.engine.choices import FixedRows
 from qinfer.engine.graphs import GraphRunner
 from qinfer.engine.guidance import guided
 from qinfer.engine.rows import StepRows
-from qinfer.engine.sampling import FixedRows, Logprobs, Row, SamplerState, SamplingParams, logprobs, sample
+from qinfer.engine.sampling import Logprobs, Row, SamplerState, SamplingParams, logprobs, sample, sample_table
 from qinfer.engine.scoring import Scores, copying, take_scores
 from qinfer.engine.sequence import Sequence, TokenLogprobs
 from qinfer.kernels.feed import feed
@@ -241,9 +242,10 @@ class StepRunner:
         if self._fixed is not None:
             for row, sequence in enumerate(sequences):
                 sequence.source = row
-            ids = self.graphs.likeliest(launched.logits) if self.graphs is not None and self._fixed.is_greedy else None
+            table = self._fixed.table([len(sequence.generated) for sequence in sequences])
+            ids = None if self.graphs is None else self.graphs.choose(launched.logits, self._fixed.choice, table)
             if ids is None:
-                ids = self._fixed.sample(launched.logits, [len(sequence.generated) for sequence in sequences])
+                ids = sample_table(launched.logits, table)
             return sequences, [1] * len(sequences), launched.logits, ids
         said, logits = guided(sequences, launched.logits)
         leaders = [sequence for sequence in sequences if sequence.id >= 0]

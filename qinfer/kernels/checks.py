@@ -45,6 +45,24 @@ def check_device(first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {first.device}, got {tensor.device}")
 
 
+def check_chosen(logits: Tensor, out: Tensor | None, host: Tensor | None) -> None:
+    """Raise unless the ids that are chosen from logits [R, V] can be written to `out` and `host`, where there are such.
+
+    Raises:
+        TypeError: one is not int64.
+        ValueError: a shape or a stride is wrong, or the memory is not where the device can write it.
+    """
+    for name, ids in (("out", out), ("host", host)):
+        if ids is not None:
+            check_shape(name, ids, (logits.shape[0],))
+            check_rows(name, ids)
+            if ids.dtype != torch.int64:
+                raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    check_device(logits, out=out)
+    if host is not None and (host.is_cuda or (logits.is_cuda and not host.is_pinned())):
+        raise ValueError(f"host must be in page-locked memory of the host, got memory of {host.device}")
+
+
 def check_index(name: str, index: Tensor, length: int | str, *, start: int = 0, stop: int) -> None:
     """Raise unless `index` is a dense vector of integers in [start, stop); on a GPU the values are not looked at.
 

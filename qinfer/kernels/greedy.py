@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.checks import check_device, check_rows, check_shape
+from qinfer.kernels.checks import check_chosen, check_rows, check_shape
 from qinfer.kernels.device import op
 from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
 
@@ -70,15 +70,7 @@ def _check_greedy(logits: Tensor, *, out: Tensor | None = None, host: Tensor | N
     check_rows("logits", logits)
     if not logits.shape[1]:
         raise ValueError("logits must have a vocabulary, got none")
-    for name, ids in (("out", out), ("host", host)):
-        if ids is not None:
-            check_shape(name, ids, (logits.shape[0],))
-            check_rows(name, ids)
-            if ids.dtype != torch.int64:
-                raise TypeError(f"{name} must be int64, got {ids.dtype}")
-    check_device(logits, out=out)
-    if host is not None and (host.is_cuda or (logits.is_cuda and not host.is_pinned())):
-        raise ValueError(f"host must be in page-locked memory of the host, got memory of {host.device}")
+    check_chosen(logits, out, host)
 
 
 @op(reference=greedy_reference, check=_check_greedy)

@@ -1,9 +1,6 @@
 """One token per row of logits: temperature, then top-k, then top-p, then min-p, then one draw; nothing is sorted.
 
-Weights instead of probabilities: w_i = round(2^44 · 2^-t_i) with t_i = (max x - x_i) · log2(e) / temperature, int64.
-Integer sums do not depend on the order in which a device adds, so a row draws the same token alone and in any batch.
-Every step up to the weight is an addition or a product of fp64 rounded by itself (kernels are compiled without fused
-multiply-adds), so kernel and reference agree bit for bit.
+Weights instead of probabilities: w_i of `token_weights`, integers, whose sums are the same in any order.
 
 Order of tokens: larger logit first, then lower id; only tokens with w > 0 count. Top-k keeps the first k, top-p the
 fewest first tokens whose weights reach ceil(p · sum), min-p those with w >= ceil(min_p · 2^44). The draw is the inverse
@@ -26,99 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qinfer.kernels.checks import check_device, check_rows, check_shape
+from qinfer.kernels.checks import check_chosen, check_device, check_rows, check_shape
 from qinfer.kernels.device import op
+from qinfer.kernels.overlap import let_next_start, overlap, wait_for_inputs
+from qinfer.kernels.token_weights import draw, keep_top_k, keep_top_p, token_weights, weights_below
 
-ONE = 1 << 44  # the weight of the likeliest token
 MAX_VOCABULARY = (1 << 19) - 1
 COLUMNS = ("rate", "top_k", "top_p", "floor", "uniform")
-
-# 2^-(y + 1/2) for y in [-1/2, 1/2], highest power first: interpolated at Chebyshev nodes, relative error 4e-16.
-_POWERS = (
-    5.0010734852529635e-09, -7.218634138133848e-08, 9.344729070300923e-07, -1.0785257379802239e-05,
-    0.00010891940829564976, -0.0009428249441895355, 0.006801044314316548, -0.03924733162034599,
-    0.16986579209153765, -0.4901290717342769, 0.7071067811865476,
-)  # fmt: skip
 
 CHUNK = 4096
 BLOCK = 2048  # listed tokens that one program holds in registers
 NUM_BUCKETS = 2048
 NUM_COLUMNS = tl.constexpr(len(COLUMNS))
-PER_HALVING = tl.constexpr(44.0)  # buckets for a factor of two; 45 factors of two are all that have a weight
 ID_BITS = tl.constexpr(19)
 LAST_ID = tl.constexpr((1 << 19) - 1)
 TOP_ID_BIT = tl.constexpr(1 << 18)
 LOWEST_KEY = tl.constexpr(-(1 << 31))
 RANK_BITS = tl.constexpr(32 + 19)
 TOP_RANK_BIT = tl.constexpr(1 << 50)
-P0, P1, P2, P3, P4, P5, P6, P7, P8, P9, P10 = (tl.constexpr(power) for power in _POWERS)
 
 
-def token_weights(below: Tensor, rate: Tensor) -> Tensor:
-    """Return round(2^44 · 2^-(below · rate)).
-
-    Args:
-        below: [R, V] fp64, how far each logit is below the largest of its row; at least 0.
-        rate: [R, 1] fp64, log2(e) / temperature.
-
-    Returns:
-        [R, V] int64 in 0..2^44; what NaN gives has no meaning.
-    """
-    t = (below * rate).clamp(max=64.0)
-    whole = t.floor()
-    y = t - whole - 0.5
-    value = torch.full_like(y, _POWERS[0])
-    for power in _POWERS[1:]:
-        value.mul_(y).add_(power)
-    scale = ((1067 - whole.long()) << 52).view(torch.float64)
-    return value.mul_(scale).add_(0.5).floor_().long()
-
-
-def keep_top_k(weights: Tensor, top_k: Tensor) -> Tensor:
-    """Keep the first top_k weights of each row that are not zero.
-
-    Args:
-        weights: [R, V] int64, likeliest first.
-        top_k: [R, 1]; 0 keeps all.
-
-    Returns:
-        [R, V] int64, the others zero.
-    """
-    return torch.where(((weights > 0).cumsum(-1) <= top_k) | (top_k == 0), weights, 0)
-
-
-def keep_top_p(weights: Tensor, top_p: Tensor) -> Tensor:
-    """Keep the shortest prefix of each row whose share of the row's sum reaches top_p.
-
-    Args:
-        weights: [R, V] int64, likeliest first.
-        top_p: [R, 1] fp64; 1 keeps all.
-
-    Returns:
-        [R, V] int64, the others zero.
-    """
-    reached = weights.cumsum(-1)
-    needed = (top_p * reached[:, -1:].double()).ceil().long()
-    return torch.where((reached - weights < needed) | (top_p >= 1), weights, 0)
-
-
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return the first index whose cumulative weight exceeds floor(uniform · sum).
-
-    Args:
-        weights: [R, V] int64, in any order; each row has a positive sum.
-        uniform: [R, 1] fp64, at most 1 - 2^-53.
-
-    Returns:
-        [R] int64; an index of zero weight is never drawn.
-    """
-    reached = weights.cumsum(-1)
-    # A uniform of at most 1 - 2^-53 keeps the product below the sum, rounded as it is.
-    target = (uniform * reached[:, -1:].double()).long()
-    return torch.searchsorted(reached, target, right=True).squeeze(-1)
-
-
-def sample_rows_reference(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
+def sample_rows_reference(
+    logits: Tensor, table: Tensor, *, filtered: bool, out: Tensor | None = None, host: Tensor | None = None
+) -> Tensor:
     """Compute `sample_rows` in plain torch."""
     peak, best = logits.max(dim=-1, keepdim=True)
     finite = torch.isfinite(peak)
@@ -131,28 +58,10 @@ def sample_rows_reference(logits: Tensor, table: Tensor, *, filtered: bool) -> T
         kept = keep_top_p(keep_top_k(weights.gather(-1, order), top_k), top_p)
         weights = torch.zeros_like(weights).scatter_(-1, order, kept)
     drawn = draw(torch.where(weights.double() >= floor, weights, 0), uniform)
-    return torch.where(finite, torch.where(rate == 0, best, drawn[:, None]), -1).squeeze(-1)
-
-
-@triton.jit
-def _weights(b_x, b_peak, b_rate):
-    # `token_weights`: the same operations in the same order.
-    b_t = tl.minimum((b_peak - b_x).to(tl.float64) * b_rate, 64.0)
-    b_whole = tl.floor(b_t)
-    b_y = b_t - b_whole - 0.5
-    b_value = b_y * P0 + P1
-    b_value = b_value * b_y + P2
-    b_value = b_value * b_y + P3
-    b_value = b_value * b_y + P4
-    b_value = b_value * b_y + P5
-    b_value = b_value * b_y + P6
-    b_value = b_value * b_y + P7
-    b_value = b_value * b_y + P8
-    b_value = b_value * b_y + P9
-    b_value = b_value * b_y + P10
-    b_scale = ((1067 - b_whole.to(tl.int64)) << 52).to(tl.float64, bitcast=True)
-    b_bucket = (tl.minimum(b_t, 46.0) * PER_HALVING).to(tl.int32)
-    return tl.floor(b_value * b_scale + 0.5).to(tl.int64), b_bucket
+    ids = torch.where(finite, torch.where(rate == 0, best, drawn[:, None]), -1).squeeze(-1)
+    if host is not None:
+        host.copy_(ids)
+    return ids if out is None else out.copy_(ids)
 
 
 @triton.jit
@@ -196,7 +105,7 @@ def _candidates(p_logits, p_list, o_n, b_num, b_peak, b_rate):
     m_n = o_n < b_num
     o_v = tl.load(p_list + o_n, mask=m_n, other=0)
     b_x = tl.load(p_logits + o_v, mask=m_n, other=float("-inf"))
-    b_w, _ = _weights(b_x, b_peak, b_rate)
+    b_w, _ = weights_below(b_x, b_peak, b_rate)
     return tl.where(m_n, _rank(b_x, o_v), -1), b_w
 
 
@@ -260,7 +169,7 @@ def _draw_from_chunks(
     b_before = tl.sum(tl.where(o_c < i_chunk, b_sums, 0), 0)
     o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_x = tl.load(p_logits + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
-    b_w, _ = _weights(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
+    b_w, _ = weights_below(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
     m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
     b_reached = b_before + tl.cumsum(tl.where(m_kept, b_w, 0), 0)
     return i_chunk * CHUNK + tl.sum((b_reached <= b_target).to(tl.int32), 0)
@@ -268,8 +177,11 @@ def _draw_from_chunks(
 
 @triton.jit
 def _sample_peaks_kernel(
-    p_logits, p_peaks, p_bests, p_histogram, V, stride_row, num_chunks, CHUNK: tl.constexpr, BUCKETS: tl.constexpr
-):
+    p_logits, p_peaks, p_bests, p_histogram, V, stride_row, num_chunks,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(1)
     o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
@@ -293,8 +205,10 @@ def _sample_peaks_kernel(
 @triton.jit
 def _sample_histogram_kernel(
     p_logits, p_table, p_peaks, p_histogram, p_sums, V, stride_row, num_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(1)
     o_c = tl.arange(0, BLOCK_C)
@@ -304,7 +218,7 @@ def _sample_histogram_kernel(
     b_active = _is_active(b_peak, b_rate)
     o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_x = tl.load(p_logits + i_row * stride_row + o_v, mask=(o_v < V) & b_active, other=float("-inf"))
-    b_w, b_bucket = _weights(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
+    b_w, b_bucket = weights_below(b_x, tl.where(b_active, b_peak, 0.0), tl.where(b_active, b_rate, 1.0))
     b_kept = tl.where((b_w.to(tl.float64) >= b_floor) & (o_v < V), b_w, 0)
     tl.store(p_sums + i_row * num_chunks + i_chunk, tl.sum(b_kept, 0))
     if b_active & ((b_top_k > 0.0) | (b_top_p < 1.0)):
@@ -318,8 +232,10 @@ def _sample_histogram_kernel(
 @triton.jit
 def _sample_candidates_kernel(
     p_logits, p_table, p_peaks, p_histogram, p_lists, V, stride_row, num_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(1)
     o_c = tl.arange(0, BLOCK_C)
@@ -331,7 +247,7 @@ def _sample_candidates_kernel(
         i_lo, i_hi, _, _, _ = _buckets(p_row_histogram, b_top_k.to(tl.int64), b_top_p, BUCKETS, BLOCK)
         o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
         b_x = tl.load(p_logits + i_row * stride_row + o_v, mask=o_v < V, other=float("-inf"))
-        b_w, b_bucket = _weights(b_x, b_peak, b_rate)
+        b_w, b_bucket = weights_below(b_x, b_peak, b_rate)
         m_listed = (b_w > 0) & (o_v < V) & (b_bucket >= i_lo) & (b_bucket <= i_hi)
         b_listed = m_listed.to(tl.int64)
         # In which order chunks take their places does not matter: the list is a set.
@@ -341,9 +257,12 @@ def _sample_candidates_kernel(
 
 @triton.jit
 def _sample_draw_kernel(
-    p_logits, p_table, p_peaks, p_bests, p_histogram, p_lists, p_sums, p_ids, V, stride_row, num_chunks,
+    p_logits, p_table, p_peaks, p_bests, p_histogram, p_lists, p_sums, p_ids, p_host, V, stride_row, num_chunks,
     FILTERED: tl.constexpr, CHUNK: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C)
     b_peaks = tl.load(p_peaks + i_row * num_chunks + o_c, mask=o_c < num_chunks, other=float("-inf"))
@@ -379,7 +298,7 @@ def _sample_draw_kernel(
                 for i_chunk in range(num_chunks):
                     o_v = i_chunk * CHUNK + tl.arange(0, CHUNK)
                     b_x = tl.load(p_row_logits + o_v, mask=o_v < V, other=float("-inf"))
-                    b_w, _ = _weights(b_x, b_peak, b_rate)
+                    b_w, _ = weights_below(b_x, b_peak, b_rate)
                     m_kept = (_rank(b_x, o_v) >= b_cut) & (b_w.to(tl.float64) >= b_floor) & (o_v < V)
                     b_sums = tl.where(o_c == i_chunk, tl.sum(tl.where(m_kept, b_w, 0), 0), b_sums)
     if b_drawn < 0:
@@ -388,9 +307,13 @@ def _sample_draw_kernel(
         )  # fmt: skip
     b_id = tl.where(b_active, b_drawn, tl.where((b_peak > float("-inf")) & (b_peak < float("inf")), b_best, -1))
     tl.store(p_ids + i_row, b_id.to(tl.int64))
+    if p_host is not None:
+        tl.store(p_host + i_row, b_id.to(tl.int64))
 
 
-def _check_sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> None:
+def _check_sample_rows(
+    logits: Tensor, table: Tensor, *, filtered: bool, out: Tensor | None = None, host: Tensor | None = None
+) -> None:
     check_shape("logits", logits, ("R", "V"))
     check_shape("table", table, (logits.shape[0], len(COLUMNS)))
     for name, tensor, dtype in (("logits", logits, torch.float32), ("table", table, torch.float64)):
@@ -402,12 +325,15 @@ def _check_sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> None
     if not table.is_contiguous():
         raise ValueError(f"table must be contiguous, got strides {list(table.stride())}")
     check_device(logits, table=table)
+    check_chosen(logits, out, host)
     if not table.is_cuda and not filtered and bool(((table[:, 1] > 0) | (table[:, 2] < 1)).any()):
         raise ValueError("filtered must be True where a row has top_k above 0 or top_p below 1, got False")
 
 
 @op(reference=sample_rows_reference, check=_check_sample_rows)
-def sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
+def sample_rows(
+    logits: Tensor, table: Tensor, *, filtered: bool, out: Tensor | None = None, host: Tensor | None = None
+) -> Tensor:
     """Draw one token per row.
 
     Args:
@@ -415,6 +341,8 @@ def sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
         table: [R, 5] fp64, contiguous: log2(e) / temperature, or 0 for the likeliest token; top_k, 0 for all; top_p, 1
             for all; the least weight kept, at least 1 and at most 2^44; a uniform number in [0, 1 - 2^-53].
         filtered: Whether any row has top_k above 0 or top_p below 1; rows that have are not filtered if this is False.
+        out: [R] int64 to write to, stride 1; a new tensor by default.
+        host: [R] int64 in page-locked memory of the host, stride 1, to write the ids to as well.
 
     Returns:
         [R] int64 ids; -1 for a row with NaN, with +inf, or without any finite logit.
@@ -424,7 +352,7 @@ def sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
         ValueError: a shape, a stride or a device does not fit.
     """
     num_rows, vocabulary = logits.shape
-    ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
     if num_rows == 0:
         return ids
     num_chunks = triton.cdiv(vocabulary, CHUNK)
@@ -435,7 +363,7 @@ def sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
     # Room for every token, because all may be equally likely; that is as much as the logits take.
     lists = ids.new_empty(num_rows, vocabulary if filtered else 0, dtype=torch.int32)
     grid, sizes = (num_rows, num_chunks), (vocabulary, logits.stride(0), num_chunks)
-    shape = {"CHUNK": CHUNK, "BUCKETS": NUM_BUCKETS}
+    shape = {"CHUNK": CHUNK, "BUCKETS": NUM_BUCKETS, **overlap(logits)}
     # Fused multiply-adds would round weights differently than the reference.
     exact = {"BLOCK_C": triton.next_power_of_2(num_chunks), "enable_fp_fusion": False, **shape}
     _sample_peaks_kernel[grid](logits, peaks, bests, histogram, *sizes, num_warps=8, **shape)
@@ -443,6 +371,6 @@ def sample_rows(logits: Tensor, table: Tensor, *, filtered: bool) -> Tensor:
     if filtered:
         listing = (logits, table, peaks, histogram, lists, *sizes)
         _sample_candidates_kernel[grid](*listing, BLOCK=BLOCK, num_warps=8, **exact)
-    first = (logits, table, peaks, bests, histogram, lists, sums, ids, *sizes)
+    first = (logits, table, peaks, bests, histogram, lists, sums, ids, host, *sizes)
     _sample_draw_kernel[(num_rows,)](*first, FILTERED=filtered, BLOCK=BLOCK, num_warps=16, **exact)
     return ids

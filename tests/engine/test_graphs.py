@@ -1,10 +1,9 @@
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
+from itertools import cycle, pairwise
 from pathlib import Path
 from random import Random
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,12 +13,12 @@ from triton import knobs
 
 from qinfer.bench.synthetic import synthetic_model
 from qinfer.cache.paged import PagedKVCache
+from qinfer.engine.choices import choice_of
 from qinfer.engine.generator import Generator
-from qinfer.engine.graphs import GraphRunner, _Captured, bucket_sizes, mixed_sizes
-from qinfer.engine.sampling import SamplerState, SamplingParams
+from qinfer.engine.graphs import GraphRunner, bucket_sizes, mixed_sizes
+from qinfer.engine.sampling import SamplerState, SamplingParams, sample_table
 from qinfer.engine.sequence import Sequence
 from qinfer.engine.steps import StepRunner
-from qinfer.kernels.greedy import greedy
 from qinfer.models.batch import Batch, Piece, Room
 from qinfer.models.decoder import Decoder
 from qinfer.models.layers import Linear
@@ -27,6 +26,7 @@ from qinfer.models.lora import Lora
 from qinfer.models.model import Model
 from qinfer.models.rehearsal import rehearsal
 from tests.compare import assert_close
+from tests.engine.eager import Eager
 from tests.models import adapters, tiny
 
 WIDTH, PAGE = 3, 16
@@ -132,37 +132,8 @@ def test_batches_of_another_shape_are_refused(pad_to: int, width: int) -> None:
         runner.run(batch)
 
 
-@dataclass
-class Replay:
-    """What stands in for a graph: it computes again."""
-
-    compute: Callable[[], Tensor]
-    out: Tensor
-
-    def replay(self) -> None:
-        self.out.copy_(self.compute())
-
-
-class Eager(GraphRunner):
-    """The same padded steps without a graph."""
-
-    def _capture(self, room: Room, *, has_adapters: bool) -> _Captured:
-        batch = self._padding(room, has_adapters=has_adapters)
-        logits = self._decoder(batch, self._cache)
-        assert len(logits) == room.logits
-        # Ids that nobody has chosen yet would show.
-        ids = torch.full((room.logits,), -1)
-        graph: Any = Replay(lambda: self._decoder(batch, self._cache), logits)
-        choice: Any = Replay(lambda: greedy(logits), ids)
-        return _Captured(graph, batch, logits, choice, ids)
-
-    @property
-    def rooms(self) -> set[Room]:
-        """Those that steps have had."""
-        return {room for room, _ in self._captured}
-
-
 LONGEST = 96  # positions of the sequences below
+RATES = st.sampled_from([0, 0, 1.5])  # of `sample_rows`, 0 for the likeliest
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +199,14 @@ def test_a_padded_step_is_the_step(small: tuple[Model, Lora], max_batch: int, mo
         assert [one.id for one in plain.sequences] == [one.id for one in padded.sequences]
         assert_close(padded.logits, plain.logits)
         if len(padded.logits):
-            likeliest = padded_graphs.likeliest(padded.logits)
+            table = np.array([(data.draw(RATES), 0, 1, 1, (row + 0.5) / 99) for row in range(len(padded.logits))])
+            table[:, 2] = data.draw(st.sampled_from([1, 0.5]))
+            ids = padded_graphs.choose(padded.logits, choice_of(table), table)
             if len(padded.logits) > len(padded_graphs.ids):
-                assert likeliest is None, "no room has so many rows"
+                assert ids is None, "no room has so many rows"
             else:
-                assert likeliest.tolist() == padded.logits.argmax(1).tolist()
-            assert padded_graphs.likeliest(plain.logits) is None
+                assert ids.tolist() == sample_table(padded.logits, table).tolist()
+            assert padded_graphs.choose(plain.logits, choice_of(table), table) is None
         for ours, theirs in zip(*(cache.pages(0) for cache in caches), strict=True):
             assert_close(ours.codes, theirs.codes)
 
@@ -325,10 +298,21 @@ def test_rooms_share_the_memory_of_the_largest(model: Model) -> None:
 
 
 @pytest.mark.gpu
-def test_generator_on_graphs_says_the_same(model: Model) -> None:
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [{"temperature": 0}],
+        [{"temperature": 0}, {"temperature": 0.8}],
+        [{"temperature": 1, "top_p": 0.8}, {"temperature": 0}, {"temperature": 2, "top_k": 5}, {"min_p": 0.1}],
+        [{"temperature": 1, "presence_penalty": 1.0}, {"temperature": 1}, {"temperature": 0, "logprobs": 2}],
+    ],
+)
+def test_generator_on_graphs_says_the_same(model: Model, kinds: list[dict[str, float]]) -> None:
     options = {"max_tokens": 512, "page_size": PAGE, "max_batch": 4, "max_step_tokens": 32, "prefix_cache": False}
     texts = [tiny.prompt(length, seed=length) for length in (1, 40, 17, 5, 9)]
-    several = [SamplingParams(temperature=t, seed=3, max_new_tokens=30, ignore_eos=True) for t in (0, 0.8, 0, 1, 0)]
+    several = [
+        SamplingParams(seed=3, max_new_tokens=30, ignore_eos=True, **kind) for kind, _ in zip(cycle(kinds), range(5))
+    ]
     with_graphs, eager = Generator(model, **options), Generator(model, **options)
     width = with_graphs.runner.graphs.table_width
     # Padded alike, so that both take the same kernels.

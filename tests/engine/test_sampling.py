@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qinfer.engine.filters import keep_min_p
 from qinfer.engine.sampling import Row, SamplingParams, UniformStream, sample
-from qinfer.kernels.sample import ONE, draw, keep_top_k, keep_top_p
+from qinfer.kernels.token_weights import ONE, draw, keep_top_k, keep_top_p
 
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 NAN, INF = math.nan, math.inf

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qinfer.engine import filters
-from qinfer.kernels.sample import keep_top_k, keep_top_p
+from qinfer.kernels.token_weights import keep_top_k, keep_top_p
 
 Keep = Callable[[Tensor, Tensor], Tensor]
 

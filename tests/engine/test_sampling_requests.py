@@ -13,7 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qinfer.engine.sampling import FixedRows, Row, SamplerState, SamplingParams, UniformStream, guide, logprobs, sample
+from qinfer.engine.choices import FixedRows
+from qinfer.engine.sampling import (
+    Row,
+    SamplerState,
+    SamplingParams,
+    UniformStream,
+    guide,
+    logprobs,
+    sample,
+    sample_table,
+)
 
 INF = math.inf
 Floats = np.ndarray
@@ -399,9 +409,10 @@ def test_fixed_rows_draw_what_rows_draw(temperatures: tuple[float, ...]) -> None
         logits[step % 3, 7] = (0.0, math.nan, math.inf, -math.inf)[step % 4]
         steps = [step, step + 9, 2 * step]
         rows = [state.row(range(number)) for state, number in zip(states, steps, strict=True)]
-        assert torch.equal(fixed.sample(logits, steps), sample(logits, rows))
-    with pytest.raises(ValueError, match="one row per request"):
-        fixed.sample(logits[:2], steps[:2])
+        assert torch.equal(sample_table(logits, fixed.table(steps)), sample(logits, rows))
+    assert fixed.choice == ("filtered draw" if any(temperatures) else "greedy")
+    with pytest.raises(ValueError, match="table must have 2 rows, one per row of logits, got 3"):
+        sample_table(logits[:2], fixed.table(steps))
 
 
 def test_rows_are_fixed_where_nothing_but_a_random_number_changes() -> None:

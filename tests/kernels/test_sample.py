@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qinfer.kernels import sample as module
-from qinfer.kernels.sample import MAX_VOCABULARY, ONE, _weights, sample_rows, token_weights
+from qinfer.kernels.sample import MAX_VOCABULARY, NUM_BUCKETS, sample_rows
+from qinfer.kernels.token_weights import ONE, token_weights, weights_below
+from tests.strategies import random_tensor
 
 INF, NAN = math.inf, math.nan
 LOG2_E = math.log2(math.e)
@@ -133,7 +134,7 @@ def test_weights_are_powers(below: float, rate: float) -> None:
 @triton.jit
 def _read_and_store_weights(p_x, p_weights, p_buckets, p_peak, p_rate, BLOCK: tl.constexpr):
     o_x = tl.arange(0, BLOCK)
-    b_w, b_bucket = _weights(tl.load(p_x + o_x), tl.load(p_peak), tl.load(p_rate))
+    b_w, b_bucket = weights_below(tl.load(p_x + o_x), tl.load(p_peak), tl.load(p_rate))
     tl.store(p_weights + o_x, b_w)
     tl.store(p_buckets + o_x, b_bucket)
 
@@ -150,7 +151,7 @@ def test_weights_of_the_kernel_are_those_of_the_reference(rate: float, device: t
     _read_and_store_weights[(1,)](logits.to(device), weights, buckets, *columns, BLOCK=1024, enable_fp_fusion=False)
     assert torch.equal(weights.cpu(), expected)
     assert (buckets.diff() >= 0).all()
-    assert 0 <= buckets.min() <= buckets.max() < module.NUM_BUCKETS
+    assert 0 <= buckets.min() <= buckets.max() < NUM_BUCKETS
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,28 @@ def test_refusals(change: dict[str, object], error: type[Exception], message: st
 
 def test_sums_have_room() -> None:
     """As many equal tokens as a vocabulary may have do not overflow."""
-    assert MAX_VOCABULARY * module.ONE < 2**63
+    assert MAX_VOCABULARY * ONE < 2**63
     assert sample_rows.reference(torch.zeros(0, 7), torch.zeros(0, 5).double(), filtered=True).tolist() == []
+
+
+@pytest.mark.parametrize("body", [sample_rows.reference, pytest.param(sample_rows.launch, marks=pytest.mark.kernel)])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_ids_go_where_they_are_wanted(body, filtered, device) -> None:
+    logits, rows = random_tensor(3, 500, seed=4), torch.tensor([[2.0, 0, 0.9 if filtered else 1, 1, 0.3]] * 3).double()
+    rows[1, 0] = 0
+    logits[2, 7] = NAN
+    expected = sample_rows.reference(logits, rows, filtered=filtered).tolist()
+    kept = torch.full((6,), 77, device=device)
+    host = torch.full((6,), 77, pin_memory=device.type == "cuda")
+    ids = body(logits.to(device), rows.to(device), filtered=filtered, out=kept[2:5], host=host[1:4])
+    assert ids.data_ptr() == kept[2:].data_ptr()
+    assert kept.tolist() == [77, 77, *expected, 77]
+    assert host.tolist() == [77, *expected, 77, 77]
+
+
+@pytest.mark.parametrize("name", ["out", "host"])
+def test_refuses_other_places(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be \[2\], got \[3\]"):
+        sample_rows(torch.zeros(2, 7), torch.zeros(2, 5).double(), filtered=True, **{name: torch.zeros(3).long()})
     logits = torch.zeros(1, MAX_VOCABULARY)
     assert sample_rows.reference(logits, table((1.0, 0, 1.0, 0.0, 1 - 2**-53)), filtered=False).item() == 524286
