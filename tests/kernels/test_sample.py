@@ -200,3 +200,44 @@ def test_refuses_other_places(name: str) -> None:
         sample_rows(torch.zeros(2, 7), torch.zeros(2, 5).double(), filtered=True, **{name: torch.zeros(3).long()})
     logits = torch.zeros(1, MAX_VOCABULARY)
     assert sample_rows.reference(logits, table((1.0, 0, 1.0, 0.0, 1 - 2**-53)), filtered=False).item() == 524286
+
+
+@kernel
+@pytest.mark.parametrize("listed", [1, 31, 32, 33, 255, 256, 257, 300])
+@pytest.mark.parametrize("tied", [False, True])
+def test_lists_around_the_size_of_short_ones(listed: int, tied: bool, device: torch.device) -> None:
+    logits = torch.full((7, 320), -60.0)  # beyond the last bucket
+    places = torch.randperm(320)[:listed]
+    logits[:, places] = 0.25 * torch.arange(listed).remainder(9) if tied else torch.randn(listed) * 2
+    half = max(1, listed // 2)
+    columns = table(
+        (1.0, half, 1.0, 0.0, 0.999),
+        (1.0, listed, 1.0, 0.0, 0.5),
+        (1.0, listed + 5, 0.99, 0.0, 0.7),
+        (1.0, 0, 0.5, 0.0, 0.9),
+        (0.7, half, 0.7, 0.0, 0.3),
+        (2.0, listed, 0.9, 0.1, 0.999),
+        (1.0, 0, 1e-9, 0.0, 0.5),
+    )
+    assert set(agree(logits, columns, device)) <= set(places.tolist())
+
+
+@kernel
+@pytest.mark.parametrize("scale", [0.02, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_cuts_anywhere_in_several_chunks(scale: float, uniform: float, device: torch.device) -> None:
+    """Flat and steep rows: lists are short, long, at the beginning, and behind tokens that are not listed."""
+    wide = [(0, 0.3), (0, 0.97), (0, 1 - 1e-9), (2500, 1.0), (2500, 0.6), (4000, 0.999), (7, 0.9), (300, 0.5)]
+    rows = [(t, k, p, floor, uniform) for k, p in wide for t, floor in ((1.0, 0.0), (0.6, 0.2))]
+    agree(torch.randn(len(rows), 6300) * scale, table(*rows), device)
+
+
+@kernel
+def test_cuts_among_the_least_weights(device: torch.device) -> None:
+    """Weights of a few units, which rounding moves by half of themselves."""
+    logits = torch.full((4, 2500), -30.0) - torch.rand(4, 2500)
+    logits[:, 7] = 0.0
+    columns = table(
+        *[(1.0, 0, p, 0.0, 1 - 2**-53) for p in (1 - 1e-12, 1 - 2e-10, 1 - 1e-13)], (1.0, 2000, 1.0, 0.0, 0.9)
+    )
+    agree(logits, columns, device)
