@@ -30,6 +30,9 @@ class Eager(GraphRunner):
         batch = self._padding(room, has_adapters=has_adapters)
         logits = self._decoder(batch, self._cache)
         assert len(logits) == room.logits
+        if not self._captured:
+            # Ids that nobody has chosen yet would show.
+            self.ids.fill_(-1)
         graph: Any = Replay(lambda: self._decoder(batch, self._cache), logits)
         table, ids = self._table[: room.logits], self.ids[: room.logits]
         choices: Any = {one: Replay(partial(choose, one, logits, table), ids) for one in CHOICES}
